@@ -1,0 +1,23 @@
+"""Unrolled differentiation: back-propagation through the steps of the solver (BPTT).
+
+Exact for the truncated iteration that was run, whatever its residual; its memory grows with the steps. The number of
+steps is the solver's `max_steps`, so it is no argument here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from timm_deq.gradients.base import Gradient, Report
+
+
+@dataclass(frozen=True)
+class Unrolled(Gradient):
+    """Differentiates through every update of the solver."""
+
+    records_solve: ClassVar[bool] = True
+
+    def attach(self, f: Callable[[Tensor], Tensor], z_star: Tensor, *, report: Report | None = None) -> Tensor:
+        return z_star

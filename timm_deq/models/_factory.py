@@ -1,0 +1,156 @@
+"""From the flat, JSON-able keywords of a timm model to solvers and gradients, and back.
+
+Flat, because `timm` stores a model's keywords in `config.json`: what builds an equilibrium survives the Hub.
+"""
+
+from dataclasses import fields, replace
+from typing import Any
+
+from timm.layers import register_notrace_module
+from timm.models._input import update_model_args
+from torch import nn
+
+from timm_deq.equilibrium import Equilibrium
+from timm_deq.gradients import Gradient, Implicit, Phantom, Unrolled
+from timm_deq.solvers import Anderson, Broyden, Picard, Solver
+
+SOLVERS: dict[str, type[Solver]] = {"picard": Picard, "anderson": Anderson, "broyden": Broyden}
+GRADIENTS: dict[str, type[Gradient]] = {"implicit": Implicit, "phantom": Phantom, "unrolled": Unrolled}
+
+# A traced model keeps its equilibria whole, with their early exit and their gradient.
+register_notrace_module(Equilibrium)
+
+
+def create_solver(name: str, **settings: Any) -> Solver:
+    """Builds a solver by name; settings that are None keep the solver's default.
+
+    Raises:
+        ValueError: An unknown name, a setting that the solver does not have, or one out of its range.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {name!r}")
+    return SOLVERS[name](**_known_settings(f'solver="{name}"', SOLVERS[name], settings))
+
+
+def create_gradient(name: str, solver: Solver, **settings: Any) -> Gradient:
+    """Builds a gradient by name; settings that are None keep the gradient's default.
+
+    Args:
+        name: "implicit", "phantom" or "unrolled".
+        solver: The forward solver, which the backward solve of "implicit" follows.
+        settings: `backward_tol`, `backward_max_steps` for "implicit"; `phantom_steps`, `phantom_damping` for "phantom".
+
+    Raises:
+        ValueError: An unknown name, a setting that the gradient does not have, or one out of its range.
+    """
+    if name not in GRADIENTS:
+        raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {name!r}")
+    prefix = {"implicit": "backward_", "phantom": "phantom_"}.get(name, "")
+    foreign = [key for key, value in settings.items() if value is not None and not (prefix and key.startswith(prefix))]
+    if foreign:
+        raise ValueError(f'{foreign[0]} does not apply to gradient="{name}"')
+    own = {key.removeprefix(prefix): value for key, value in settings.items() if value is not None}
+    if name == "implicit":
+        return Implicit(replace(solver, **own))
+    return GRADIENTS[name](**own)
+
+
+def create_solver_and_gradient(
+    *,
+    solver: str = "anderson",
+    tol: float = 1e-3,
+    max_steps: int = 20,
+    memory: int | None = None,
+    ridge: float | None = None,
+    mixing: float | None = None,
+    damping: float | None = None,
+    check_every: int | None = None,
+    gradient: str = "implicit",
+    backward_tol: float | None = None,
+    backward_max_steps: int | None = None,
+    phantom_steps: int | None = None,
+    phantom_damping: float | None = None,
+) -> tuple[Solver, Gradient]:
+    """The keywords that every DEQ model takes. None stands for the default of the solver or gradient chosen.
+
+    Args:
+        solver: "anderson", "broyden" or "picard".
+        tol: Relative residual at which a sample has converged.
+        max_steps: Most evaluations of the cell.
+        memory: Iterates that "anderson", or rank-one terms that "broyden" keeps.
+        ridge: Regularisation of "anderson".
+        mixing: Step of "anderson" along the mixed residual.
+        damping: Step of "picard" along the residual.
+        check_every: Evaluations between two questions to the device whether all samples have finished.
+        gradient: "implicit", "phantom" or "unrolled".
+        backward_tol: Tolerance of the backward solve of "implicit"; that of the forward solve by default.
+        backward_max_steps: Budget of the backward solve of "implicit"; that of the forward solve by default.
+        phantom_steps: Damped steps of "phantom".
+        phantom_damping: Weight of the cell in each.
+    """
+    chosen = create_solver(
+        solver,
+        tol=tol,
+        max_steps=max_steps,
+        memory=memory,
+        ridge=ridge,
+        mixing=mixing,
+        damping=damping,
+        check_every=check_every,
+    )
+    return chosen, create_gradient(
+        gradient,
+        chosen,
+        backward_tol=backward_tol,
+        backward_max_steps=backward_max_steps,
+        phantom_steps=phantom_steps,
+        phantom_damping=phantom_damping,
+    )
+
+
+def set_solver(model: nn.Module, solver: str | None = None, **settings: Any) -> None:
+    """Changes how a model solves for its equilibria: the anytime knob, `set_solver(model, max_steps=4)`.
+
+    The backward solve of an implicit gradient follows where it had the settings of the forward solve. The change is
+    recorded in the model's arguments, so it survives `deepcopy`, saving and the Hub.
+
+    Args:
+        model: A module with at least one :class:`Equilibrium`.
+        solver: Name of another solver, whose other settings then start from its defaults; None keeps the present one.
+        settings: `tol`, `max_steps` and the other settings of the solver; those not given, or None, stay.
+
+    Raises:
+        ValueError: The model has no equilibrium, or a setting is unknown or out of its range.
+    """
+    layers = [m for m in model.modules() if isinstance(m, Equilibrium)]
+    if not layers:
+        raise ValueError(f"model must have an Equilibrium layer, got {type(model).__name__} without one")
+    given = {key: value for key, value in settings.items() if value is not None}
+    changed = [_changed(layer.solver, solver, given) for layer in layers]  # all valid before any is set
+    for layer, new in zip(layers, changed, strict=True):
+        if isinstance(layer.gradient, Implicit) and layer.gradient.solver == layer.solver:
+            layer.gradient = Implicit(new)
+        layer.solver = new
+    recorded: dict[str, Any] = dict(given)
+    if solver is not None:  # settings recorded for the solver before it must not reach the new one
+        foreign = {field.name for cls in SOLVERS.values() for field in fields(cls)} - _names(SOLVERS[solver])
+        recorded.update(dict.fromkeys(foreign), solver=solver)
+    update_model_args(model, **recorded)
+
+
+def _changed(current: Solver, name: str | None, given: dict[str, Any]) -> Solver:
+    if name is not None and SOLVERS.get(name) is not type(current):
+        return create_solver(name, **{"tol": current.tol, "max_steps": current.max_steps, **given})
+    return replace(current, **_known_settings(type(current).__name__, type(current), given))
+
+
+def _known_settings(owner: str, cls: type[Solver], settings: dict[str, Any]) -> dict[str, Any]:
+    given = {key: value for key, value in settings.items() if value is not None}
+    for key in given:
+        if key not in _names(cls):
+            raise ValueError(f"{key} does not apply to {owner}, whose settings are {', '.join(sorted(_names(cls)))}")
+    return given
+
+
+def _names(cls: type[Solver]) -> set[str]:
+    return {field.name for field in fields(cls)}
