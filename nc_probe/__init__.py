@@ -1,0 +1,31 @@
+"""Neural collapse, measured on any classifier with a linear head, in one pass, exactly, on any number of ranks.
+
+    with NCProbe(model, groups={"majority": [0, 1, 2], "minority": range(3, 10)}) as probe:
+        for images, labels in loader:       # evaluation mode, data as they are: neither resampled nor padded
+            model(images)
+            probe.update(labels)
+    report = probe.compute()
+    print(report)                           # report.nc1, report.as_dict(), report.groups["minority"].mean_cosine
+
+`NCProbe` reads what enters the classifier with a hook; `ClassMoments` keeps its class means and scatter; `measure`
+turns them into a `CollapseReport`; `nc_probe.measures` has the formulas; `nc_probe.plots` the pictures (needs
+matplotlib).
+"""
+
+from nc_probe.assembly import measure
+from nc_probe.geometry import simplex_etf_gram
+from nc_probe.heads import Head, find_head
+from nc_probe.moments import ClassMoments
+from nc_probe.probe import NCProbe
+from nc_probe.report import Agreement, CollapseReport
+
+__all__ = [
+    "Agreement",
+    "ClassMoments",
+    "CollapseReport",
+    "Head",
+    "NCProbe",
+    "find_head",
+    "measure",
+    "simplex_etf_gram",
+]

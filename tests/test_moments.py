@@ -1,0 +1,260 @@
+"""ClassMoments against full-batch sums in float64 (and in fractions, where float64 itself is not good enough)."""
+
+import copy
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nc_probe import ClassMoments
+
+K, d = 6, 9
+COUNTS = [40, 40, 25, 3, 1, 0]
+
+
+def samples(offset=1e4, counts=COUNTS, seed=0, dtype=torch.float64):
+    """Features about an offset, shuffled; class 4 has one sample and class 5 none."""
+    gen = torch.Generator().manual_seed(seed)
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    x = torch.randn(len(counts), d, generator=gen, dtype=torch.float64)[labels]
+    x = x + torch.randn(len(labels), d, generator=gen, dtype=torch.float64) + offset
+    order = torch.randperm(len(labels), generator=gen)
+    return x[order].to(dtype), labels[order]
+
+
+def full_batch(x, labels, class_weights):
+    """Two passes about a shift: means, tr S_k, sum_k w_k S_k."""
+    shift = x.double().mean(0)
+    x = x.double() - shift
+    means, traces, total = torch.zeros(K, d).double(), torch.zeros(K).double(), torch.zeros(d, d).double()
+    for k in labels.unique().tolist():
+        xk = x[labels == k]
+        means[k] = xk.sum(0) / len(xk)
+        S = torch.einsum("ni,nj->ij", xk - means[k], xk - means[k])
+        traces[k] = S.trace()
+        total += class_weights[k] * S
+        means[k] += shift
+    return means, traces, total
+
+
+def balanced(counts=COUNTS):
+    n = torch.tensor(counts).double()
+    return torch.where(n > 0, 1 / n.clamp(min=1), 0) / (n > 0).sum()
+
+
+def feed(moments, x, labels, sizes):
+    for xb, yb in zip(x.split(sizes), labels.split(sizes), strict=True):
+        moments.update(xb, yb)
+    return moments
+
+
+def close(a, b, tol=1e-10):
+    return float((a - b).norm()) <= tol * float(b.norm())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    cuts=st.lists(st.integers(0, sum(COUNTS)), max_size=12),
+    seed=st.integers(0, 99),
+    pooled=st.booleans(),
+    ranks=st.integers(1, 3),
+)
+def test_any_chunking_any_order_any_ranks(cuts, seed, pooled, ranks):
+    x, labels = samples(seed=seed)
+    edges = [0, *sorted(cuts), len(labels)]
+    parts = [ClassMoments(K, d, class_counts=COUNTS if pooled else None) for _ in range(ranks)]
+    for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+        parts[i % ranks].update(x[a:b], labels[a:b])
+    total = parts[0]
+    for part in parts[1:]:
+        total.merge(part)
+    means, traces, within = full_batch(x, labels, balanced())
+    assert total.count.tolist() == COUNTS
+    assert close(total.mean, means) and close(total.trace, traces) and close(total.within(balanced()), within)
+    assert total.scatter.shape == ((1 if pooled else K), d, d)
+    centered, expected = total.mean[:5] - total.mean[:5].mean(0), means[:5] - means[:5].mean(0)
+    assert close(centered, expected)
+
+
+def test_exact_fractions_with_offset():
+    """Offset 1e8, deviations 1e-3: the sums of squares cancel 22 digits; compared with rational arithmetic."""
+    gen = torch.Generator().manual_seed(1)
+    x = 1e8 + 1e-3 * torch.randn(50, 2, generator=gen, dtype=torch.float64)
+    moments = feed(ClassMoments(1, 2), x, torch.zeros(50, dtype=torch.long), 7)
+    exact = [[Fraction(v) for v in row] for row in x.tolist()]
+    mean = [sum(column) / 50 for column in zip(*exact, strict=True)]
+    S = [[float(sum((r[i] - mean[i]) * (r[j] - mean[j]) for r in exact)) for j in (0, 1)] for i in (0, 1)]
+    # The running mean is stored to 1e-8 (the rounding of 1e8), a hundred-thousandth of the deviations.
+    assert close(moments.within(torch.ones(1)), torch.tensor(S, dtype=torch.float64), 1e-5)
+    naive = x.T @ x - 50 * torch.outer(x.mean(0), x.mean(0))
+    assert not close(naive, torch.tensor(S, dtype=torch.float64), 1e-1)
+
+
+def test_a_large_batch_does_not_round_its_sum():
+    """Summing 2e5 numbers of 1e4 as they are loses the last four digits of their mean."""
+    x = 1e4 + 1e-3 * torch.rand(200_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moments = ClassMoments(1, 1).update(x, torch.zeros(len(x), dtype=torch.long))
+    assert abs(float(moments.mean) - math.fsum(x[:, 0].tolist()) / len(x)) < 4e-12
+
+
+def test_accelerator_bookkeeping_on_the_cpu(monkeypatch):
+    """Without knowing which classes a batch has, all of them are carried along: the same sums."""
+    x, labels = samples()
+    expected = feed(ClassMoments(K, d), x, labels, 9)
+    monkeypatch.setattr(ClassMoments, "_present", ClassMoments._every)
+    moments = feed(ClassMoments(K, d), x, labels, 9)
+    assert torch.equal(moments.count, expected.count)
+    assert close(moments.mean, expected.mean, 1e-14) and close(moments.scatter, expected.scatter, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_features_are_summed_in_float64(dtype):
+    x, labels = samples(offset=3, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        moments = feed(ClassMoments(K, d), x, labels, 10)
+    means, _, within = full_batch(x, labels, balanced())
+    assert moments.mean.dtype == torch.float64
+    assert close(moments.mean, means, 1e-14) and close(moments.within(balanced()), within, 1e-13)
+
+
+def test_inference_mode_inside_and_outside():
+    x, labels = samples()
+    with torch.inference_mode():
+        moments = ClassMoments(K, d).update(x[:50] * 1, labels[:50])
+        moments.merge(ClassMoments(K, d).update(x[50:70] * 1, labels[50:70]))
+    moments.update(x[70:].requires_grad_(), labels[70:])
+    assert close(moments.mean, full_batch(x.detach(), labels, balanced())[0])
+    assert not moments.mean.requires_grad
+
+
+def test_majority_does_not_swamp_the_balanced_scatter():
+    """K_A = 3, R = 100: minority deviations are 10 times larger, yet only 2.3 % of the samples are minority."""
+    counts = [1000] * 3 + [10] * 3
+    gen = torch.Generator().manual_seed(0)
+    labels = torch.repeat_interleave(torch.arange(6), torch.tensor(counts))
+    x = torch.randn(len(labels), d, generator=gen).double() * torch.where(labels < 3, 1.0, 10.0)[:, None]
+    expected = full_batch(x, labels, balanced(counts))[2]
+    for arguments in (
+        {},
+        {"class_counts": counts},
+        {"class_counts": counts, "partition": [0, 0, 0, 1, 1, 1]},
+        {"partition": [0, 0, 0, 1, 1, 1]},
+    ):
+        moments = feed(ClassMoments(6, d, **arguments), x, labels, 100)
+        assert close(moments.within(balanced(counts)), expected)
+    minority = balanced(counts) * (labels.new_tensor([0, 0, 0, 1, 1, 1]))
+    assert close(moments.within(minority), full_batch(x, labels, minority)[2])
+    pooled = feed(ClassMoments(6, d, partition=torch.zeros(6)), x, labels, 100)
+    empirical = torch.full((6,), 1 / len(labels), dtype=torch.float64)
+    assert close(pooled.within(empirical), full_batch(x, labels, empirical)[2])
+    with pytest.raises(ValueError, match="cannot be weighted as asked: give class_counts"):
+        pooled.within(balanced(counts))
+
+
+def test_pooled_scatter_refuses_other_samples_than_declared():
+    x, labels = samples()
+    moments = ClassMoments(K, d, class_counts=COUNTS).update(x[:60], labels[:60])
+    assert not moments.resolves(1 / moments.count.double().clamp(min=1))
+    with pytest.raises(ValueError, match=r"class_counts is \[40, 40, 25, 3, 1, 0\] but the samples seen are"):
+        moments.within(1 / moments.count.double().clamp(min=1))
+
+
+def test_merge_is_update():
+    x, labels = samples()
+    half = copy.deepcopy(ClassMoments(K, d).update(x[:30], labels[:30]))
+    whole = ClassMoments(K, d).update(x[30:], labels[30:]).merge(half).merge(ClassMoments(K, d))
+    once = ClassMoments(K, d).update(x, labels)
+    assert torch.equal(whole.count, once.count)
+    assert close(whole.mean, once.mean, 1e-14) and close(whole.scatter, once.scatter, 1e-12)
+    assert close(half.scatter, ClassMoments(K, d).update(x[:30], labels[:30]).scatter, 1e-14), "other is untouched"
+
+
+def test_sync_without_ranks_is_a_copy_and_reset_forgets():
+    x, labels = samples()
+    moments = ClassMoments(K, d).update(x, labels)
+    total = moments.sync()
+    moments.reset()
+    assert not moments.count.any() and not moments.scatter.any() and moments.batches == 0
+    assert total.count.tolist() == COUNTS and close(total.mean, full_batch(x, labels, balanced())[0])
+
+
+def test_labels_of_any_integer_type_and_empty_batches():
+    x, labels = samples()
+    moments = ClassMoments(K, d).update(x[:0], labels[:0]).update(x, labels.to(torch.uint8)).update(x[:0], labels[:0])
+    assert moments.count.tolist() == COUNTS and moments.batches == 3
+
+
+@pytest.mark.parametrize(
+    "features, labels, message",
+    [
+        (torch.zeros(4, d), torch.tensor([0, 1, 2, K]), "labels must be in 0..5, got 0..6 in batch 1"),
+        (torch.zeros(4, d), torch.tensor([0, 1, 2, -1]), "labels must be in 0..5, got -1..2 in batch 1"),
+        (torch.zeros(4, d), torch.zeros(4), "labels must be integers, got torch.float32"),
+        (torch.zeros(4, d), torch.zeros(4, dtype=torch.bool), "labels must be integers, got torch.bool"),
+        (torch.zeros(4, d), torch.zeros(3, dtype=torch.long), r"labels must have shape \(4,\).*got \(3,\)"),
+        (torch.zeros(4, d), torch.zeros(4, 1, dtype=torch.long), r"labels must have shape \(4,\).*got \(4, 1\)"),
+        (torch.zeros(4, d + 1), torch.zeros(4, dtype=torch.long), r"features must be .*\(B, 9\), got .*\(4, 10\)"),
+        (torch.zeros(4, 2, d), torch.zeros(4, dtype=torch.long), "features must be"),
+        (torch.zeros(4, d, dtype=torch.long), torch.zeros(4, dtype=torch.long), "features must be floating point"),
+        (torch.full((4, d), torch.nan), torch.zeros(4, dtype=torch.long), "features must be finite.* in batch 1"),
+        (torch.full((4, d), torch.inf), torch.zeros(4, dtype=torch.long), "features must be finite.* in batch 1"),
+    ],
+)
+def test_bad_batches_change_nothing(features, labels, message):
+    x, y = samples()
+    moments = ClassMoments(K, d).update(x, y)
+    before = copy.deepcopy(moments)
+    with pytest.raises(ValueError, match=message) as error:
+        moments.update(features, labels)
+    assert "\n" not in str(error.value)
+    for name in ("count", "mean", "trace", "scatter", "batches"):
+        assert torch.equal(torch.as_tensor(getattr(moments, name)), torch.as_tensor(getattr(before, name)))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"num_classes": 0, "num_features": 3}, "num_classes must be at least 1, got 0"),
+        ({"num_classes": 3, "num_features": 0}, "num_features must be at least 1, got 0"),
+        ({"num_classes": 3, "num_features": 2, "class_counts": [1, 2]}, "class_counts must be 3 numbers"),
+        ({"num_classes": 3, "num_features": 2, "class_counts": [1, 2, -1]}, "class_counts must be 3 numbers"),
+        ({"num_classes": 3, "num_features": 2, "partition": [0, 1]}, "partition must be 3 integers"),
+        ({"num_classes": 3, "num_features": 2, "partition": [0, 1, -1]}, "partition must be 3 integers"),
+        ({"num_classes": 1000, "num_features": 2048}, r"takes 31.2 GiB: give class_counts"),
+        ({"num_classes": 3, "num_features": 2, "device": "mps"}, "no float64"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ClassMoments(**arguments)
+
+
+def test_merge_refuses_another_kind():
+    moments = ClassMoments(K, d, partition=[0] * K)
+    for other in (ClassMoments(K, d + 1), ClassMoments(K, d), ClassMoments(K, d, class_counts=COUNTS)):
+        with pytest.raises(ValueError, match="other must have the same"):
+            moments.merge(other)
+
+
+def test_state_at_scale():
+    """K = 1000, d = 2048 with known counts: d^2 + K d + O(K) numbers."""
+    moments = ClassMoments(1000, 2048, class_counts=torch.full((1000,), 1280))
+    held = sum(t.numel() for t in vars(moments).values() if isinstance(t, torch.Tensor))
+    assert held <= 2048**2 + 2 * 1000 * 2048
+
+
+@pytest.mark.gpu
+def test_on_an_accelerator():
+    x, labels = samples()
+    means, _, within = full_batch(x, labels, balanced())
+    for arguments in ({}, {"class_counts": COUNTS}):
+        for where in ("cpu", "cuda"):
+            moments = feed(ClassMoments(K, d, device="cuda", **arguments), x.cuda(), labels.to(where), 17)
+            assert close(moments.mean.cpu(), means) and close(moments.within(balanced()).cpu(), within)
+    bad = ClassMoments(K, d, device="cuda").update(x.cuda(), labels.cuda())
+    bad.update(x.cuda(), labels.cuda() + 1).update(x.cuda() / 0, labels.cuda())
+    with pytest.raises(ValueError, match="labels must be in 0..5, but not all are in batch 1"):
+        bad.check()

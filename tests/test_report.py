@@ -1,0 +1,198 @@
+"""CollapseReport: what goes into it, groups, JSON, the table, the picture; `measure` itself is in test_measures.py."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nc_probe import Agreement, ClassMoments, CollapseReport, measure, measures
+from nc_probe.plots import plot_grams
+
+K, d = 5, 7
+GROUPS = {"majority": [0, 1], "minority": (4, 2, 3), "none": []}
+
+
+def example(center="balanced", weight=True, **arguments):
+    gen = torch.Generator().manual_seed(0)
+    counts = torch.tensor([40, 40, 5, 5, 5])
+    labels = torch.arange(K).repeat_interleave(counts)
+    x = 3 + torch.randn(K, d, generator=gen).double()[labels] + torch.randn(95, d, generator=gen).double()
+    W, b = torch.randn(K, d, generator=gen), torch.randn(K, generator=gen)
+    moments = ClassMoments(K, d).update(x, labels)
+    report = measure(moments, W if weight else None, b if weight else None, center=center, groups=GROUPS, **arguments)
+    return report, x, labels, W.double(), b.double()
+
+
+def test_global_centre_and_weighting():
+    for center in ("balanced", "empirical"):
+        report, x, labels, W, _ = example(center)
+        mu = torch.stack([x[labels == k].mean(0) for k in range(K)])
+        M = mu - (mu.mean(0) if center == "balanced" else x.mean(0))
+        assert report.class_norm == pytest.approx(M.norm(dim=1).tolist())
+        within = torch.stack([(x[labels == k] - mu[k]).square().sum(1).mean() for k in range(K)])
+        pi = torch.full((K,), 1 / K).double() if center == "balanced" else torch.bincount(labels).double() / 95
+        assert report.nc1_trace == pytest.approx(float(pi @ within / (pi @ M.square().sum(1))))
+        assert report.class_variance == pytest.approx(within.tolist())
+        assert report.nc3 == pytest.approx(measures.self_duality(W, M))
+        assert report.nc2 == report.nc2_etf == pytest.approx(measures.etf_distance(M))
+        assert report.nc2_etf_weight == pytest.approx(measures.etf_distance(W))
+        torch.testing.assert_close(report.gram, measures.cosine_gram(M))
+        torch.testing.assert_close(report.gram_weight, measures.cosine_gram(W))
+
+
+def test_groups_take_their_classes_about_the_global_centre():
+    report, x, labels, W, _ = example()
+    group = report.groups["minority"]
+    mu = torch.stack([x[labels == k].mean(0) for k in range(K)])
+    M = (mu - mu.mean(0))[2:]
+    assert group.classes == (2, 3, 4) and group.samples == 15 and group.class_count == (5, 5, 5)
+    S_W = sum((x[labels == k] - mu[k]).T @ (x[labels == k] - mu[k]) / 5 for k in (2, 3, 4)) / 3
+    S_B = M.T @ M / 3
+    # rank 3 in 7 dimensions, well conditioned: a plain pseudo-inverse will do
+    assert group.nc1 == pytest.approx(float(torch.trace(S_W @ torch.linalg.pinv(S_B))) / 3, rel=1e-9)
+    assert group.nc1_rank == 3
+    assert group.nc2_etf == pytest.approx(measures.etf_distance(M, num_classes=K))
+    assert group.nc2_etf_weight == pytest.approx(measures.etf_distance(W[2:], num_classes=K))
+    assert group.mean_cosine == pytest.approx(measures.mean_cosine(M))
+    assert group.nc3 == pytest.approx(measures.self_duality(W[2:], M))
+
+
+def test_group_of_all_classes_is_the_whole():
+    gen = torch.Generator().manual_seed(1)
+    x, labels, W = torch.randn(90, d, generator=gen), torch.arange(90) % K, torch.randn(K, d, generator=gen)
+    report = measure(ClassMoments(K, d).update(x, labels), W, groups={"all": range(K)})
+    assert report.groups["all"].as_dict(per_class=True) == {**report.as_dict(per_class=True), "groups": {}}
+
+
+def test_class_means_are_classified_with_the_bias():
+    moments = ClassMoments(3, 3).update(torch.eye(3), torch.arange(3))
+    groups = {"first": [0, 1]}
+    assert measure(moments, torch.eye(3)).mean_accuracy == 1
+    report = measure(moments, torch.eye(3), torch.tensor([0.0, 0.0, 2.0]), groups=groups)
+    assert report.mean_accuracy == pytest.approx(1 / 3) and report.groups["first"].mean_accuracy == 0
+
+
+def test_agreement_is_shared_out():
+    rows = torch.tensor([[40, 20, 5, 0, 5], [40, 40, 4, 0, 5], [40, 20, 4, 5, 5]])
+    counts = Agreement(*rows, "here")
+    balanced, empirical = example(agreement=counts)[0], example("empirical", agreement=counts)[0]
+    assert balanced.accuracy == empirical.accuracy == 70 / 95
+    assert balanced.balanced_accuracy == pytest.approx((1 + 0.5 + 1 + 0 + 1) / 5)
+    assert balanced.center_accuracy == 89 / 95 and balanced.balanced_center_accuracy == pytest.approx(3.8 / 5)
+    assert balanced.nc4 == pytest.approx((1 + 0.5 + 0.8 + 1 + 1) / 5) and empirical.nc4 == pytest.approx(74 / 95)
+    assert balanced.groups["minority"].accuracy == 10 / 15 and balanced.groups["majority"].nc4 == pytest.approx(0.75)
+    assert math.isnan(balanced.groups["none"].accuracy) and balanced.nc4_source == "here"
+
+
+def test_json_is_finite_and_complete():
+    for report in (example()[0], example(weight=False)[0]):
+        for per_class in (False, True):
+            text = json.dumps(report.as_dict(per_class=per_class), allow_nan=False)
+            again = json.loads(text)
+            assert again["nc1"] == report.nc1 and again["groups"]["none"]["nc1"] is None
+            assert ("class_norm" in again) == ("gram" in again) == per_class
+    again = example()[0].as_dict(per_class=True)
+    assert again["gram"][2][2] == pytest.approx(1) and len(again["class_nc1"]) == K
+    names = {f.name for f in dataclasses.fields(CollapseReport)}
+    assert set(again) == names
+
+
+def test_absent_classifier_is_absent_not_zero():
+    report = example(weight=False)[0].as_dict()
+    for name in ("nc3", "nc3_cosine", "nc4", "nc2_etf_weight", "nc2_norm_weight", "accuracy", "mean_accuracy"):
+        assert report[name] is None, name
+    assert report["nc1"] > 0
+
+
+def test_report_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        example()[0].nc1 = 0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_table():
+    report = example()[0]
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["all", "majority", "minority", "none"]
+    assert lines[1].split() == ["classes", "5", "2", "3", "0"]
+    assert lines[2].split() == ["samples", "95", "80", "15", "0"]
+    values = lines[3].removeprefix("NC1  tr(S_W S_B^+)/K").split()
+    expected = [report.nc1, report.groups["majority"].nc1, report.groups["minority"].nc1]
+    assert [float(v) for v in values[:3]] == pytest.approx(expected, rel=1e-3) and values[3] == "-"
+    assert "center balanced; NC1 of rank 4" in lines[-1]
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"center": "median"}, "center must be one of"),
+        ({"weight": torch.zeros(K, d + 1)}, r"weight must have shape \(5, 7\).*got \(5, 8\)"),
+        ({"bias": torch.zeros(K + 1)}, r"bias must have shape \(5,\), got \(6,\)"),
+        ({"groups": {"g": [1, 7]}}, r"groups\['g'\] must be different classes in 0..4, got \[1, 7\]"),
+        ({"moments": ClassMoments(K, d)}, "at least one sample"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    moments = arguments.pop("moments", ClassMoments(K, d).update(torch.zeros(1, d), torch.tensor([0])))
+    weight, bias = arguments.pop("weight", torch.zeros(K, d)), arguments.pop("bias", None)
+    with pytest.raises(ValueError, match=message):
+        measure(moments, weight, bias, **arguments)
+
+
+def test_one_class_and_one_sample():
+    report = measure(ClassMoments(K, d).update(torch.ones(1, d), torch.tensor([3])), torch.ones(K, d))
+    assert report.classes == (3,) and report.samples == 1
+    assert all(math.isnan(v) for v in (report.nc1, report.cdnv, report.nc2_etf, report.nc2_norm, report.mean_cosine))
+    json.dumps(report.as_dict(per_class=True), allow_nan=False)
+    str(report)
+
+
+def test_grams_are_drawn_in_the_order_of_groups(tmp_path):
+    report = example()[0]
+    figure = plot_grams(report, class_names=["cat", "dog", "ship", "truck", "horse"], title="digits")
+    left, _, bar = figure.axes
+    assert [t.get_text() for t in left.get_xticklabels()] == ["cat", "dog", "ship", "truck", "horse"]
+    other = measure(ClassMoments(K, d).update(torch.randn(50, d), torch.arange(50) % K), None, groups={"few": [3, 1]})
+    (only, _) = plot_grams(other).axes
+    assert [t.get_text() for t in only.get_yticklabels()] == ["1", "3", "0", "2", "4"]
+    drawn = torch.as_tensor(only.images[0].get_array().data)
+    order = torch.tensor([1, 3, 0, 2, 4])
+    torch.testing.assert_close(drawn, other.gram[order][:, order])
+    assert only.images[0].norm.vmin == -1 and only.images[0].norm.vmax == 1
+    figure.savefig(tmp_path / "gram.png")
+    assert (tmp_path / "gram.png").stat().st_size > 10_000
+
+
+def test_grams_without_the_classes_that_have_no_samples():
+    labels = torch.tensor([0, 3, 4]).repeat(9)
+    W = torch.randn(K, d)
+    report = measure(ClassMoments(K, d).update(torch.randn(27, d), labels), W, groups={"some": [4, 1, 0]})
+    assert len(report.class_norm_weight) == 3 and report.nc2_norm_weight == pytest.approx(measures.equinorm(W.double()))
+    assert plot_grams(report).axes[0].get_yticklabels()[2].get_text() == "3"
+    _, right, _ = plot_grams(report.groups["some"]).axes
+    cosine = torch.nn.functional.cosine_similarity(W[0], W[4], dim=0)
+    assert float(right.images[0].get_array()[0, 1]) == pytest.approx(float(cosine), rel=1e-5)
+
+
+def test_plot_errors():
+    with pytest.raises(ValueError, match="must hold class means"):
+        plot_grams(example()[0].groups["none"])
+    with pytest.raises(ValueError, match="class_names must name 5 classes, got 2"):
+        plot_grams(example()[0], class_names=["a", "b"])
+
+
+def test_import_needs_torch_alone():
+    """The package imports without the rest, and says that matplotlib is missing when a picture is asked for."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'timm', 'accelerate']))\n"
+        "import torch, nc_probe, nc_probe.plots\n"
+        "r = nc_probe.measure(nc_probe.ClassMoments(2, 2).update(torch.eye(2), torch.arange(2)), None)\n"
+        "try: nc_probe.plots.plot_grams(r)\n"
+        "except ImportError as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "nc_probe.plots needs matplotlib: pip install 'timm-deq[recipes]'\n"
