@@ -101,6 +101,16 @@ class EquilibriumStage(nn.Module):
         return self.equilibrium(self.injection(x))
 
 
+def _init_weights(root: nn.Module, *, zero_init_last: bool = True) -> None:
+    for module in root.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, ResidualCell):
+            module.init_weights()
+        elif zero_init_last and isinstance(module, (BasicBlock, Bottleneck)):
+            module.zero_init_last()
+
+
 def create_out_norm(
     out_norm: str,
     channels: int,
@@ -188,7 +198,7 @@ class DEQResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(stem_width, **dd)
         self.act1 = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_input else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.feature_info: list[dict[str, Any]] = [dict(num_chs=stem_width, reduction=stride, module="act1")]
+        self.feature_info = [dict(num_chs=stem_width, reduction=stride, module="act1")]
 
         # Stages: make_blocks counts from a stem of stride 4
         stages, feature_info = make_blocks(
@@ -203,31 +213,27 @@ class DEQResNet(nn.Module):
         )
         for info in feature_info:
             self.feature_info.append(dict(info, reduction=info["reduction"] // (4 if small_input else 1)))
+        self.layer1, self.layer2, self.layer3, self.layer4 = (stage for _, stage in stages)
+
+        # Head
+        self.num_features = channels[3] * block.expansion
+        self.norm = create_out_norm(out_norm, self.num_features, num_groups=num_groups, **dd)
+        self._create_head(num_classes, global_pool, dd)
+
+        # What the twins share is drawn before they part, so that one seed gives both the same encoder and classifier.
+        self.init_weights(zero_init_last=zero_init_last)
         if equilibrium:
             h0_channels, out_channels = (c * block.expansion for c in channels[2:])
             bottleneck = block is Bottleneck
             inject = downsample_avg if bottleneck else downsample_conv
             injection = inject(h0_channels, out_channels, 1 if bottleneck else 3, stride=2, **dd)
             cell = ResidualCell(out_channels, width=channels[3], bottleneck=bottleneck, num_groups=num_groups, **dd)
-            stages[3] = ("layer4", EquilibriumStage(injection, Equilibrium(cell, solver=solver, gradient=gradient)))
-        self.layer1, self.layer2, self.layer3, self.layer4 = (stage for _, stage in stages)
-
-        # Head
-        self.num_features: int = channels[3] * block.expansion
-        self.norm = create_out_norm(out_norm, self.num_features, num_groups=num_groups, **dd)
-        self._create_head(num_classes, global_pool, dd)
-
-        self.init_weights(zero_init_last=zero_init_last)
+            self.layer4 = EquilibriumStage(injection, Equilibrium(cell, solver=solver, gradient=gradient))
+            _init_weights(self.layer4)
 
     def init_weights(self, zero_init_last: bool = True) -> None:
         """Initialises all convolutions and the gains of the residual branches."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, ResidualCell):
-                module.init_weights()
-            elif zero_init_last and isinstance(module, (BasicBlock, Bottleneck)):
-                module.zero_init_last()
+        _init_weights(self, zero_init_last=zero_init_last)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group parameters by depth, for layer-wise learning rates."""
@@ -251,7 +257,8 @@ class DEQResNet(nn.Module):
         self.fc.train(self.training)
 
     def _create_head(self, num_classes: int, pool_type: str, dd: dict[str, Any]) -> None:
-        head: Any = create_classifier(self.num_features, num_classes, pool_type=pool_type, **dd)
+        num_features: Any = self.num_features
+        head: Any = create_classifier(num_features, num_classes, pool_type=pool_type, **dd)
         self.global_pool, self.fc = head
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 

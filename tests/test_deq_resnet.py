@@ -1,0 +1,217 @@
+import copy
+import json
+
+import pytest
+import timm
+import torch
+from timm.models import push_to_hf_hub  # noqa: F401  the public way to the Hub, which save_for_hf serves
+from timm.models._hub import save_for_hf
+from timm.utils import ModelEmaV3
+
+import timm_deq
+from timm_deq import Anderson, Broyden, Equilibrium, Implicit, Phantom, Picard, SolveLog, Unrolled, set_solver
+
+NAMES = ["deq_resnet18", "deq_resnet18_cifar", "deq_resnet34", "deq_resnet50", "deq_resnet8_cifar"]
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def model(name="deq_resnet8_cifar", **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs)
+
+
+def equilibrium(net) -> Equilibrium:
+    return net.layer4.equilibrium
+
+
+def test_the_registered_names_are_ours():
+    assert sorted(timm.list_models("deq_*")) == sorted(NAMES)
+    assert all(timm.model_entrypoint(name).__module__.startswith("timm_deq.") for name in NAMES)
+    # registration only warns when it takes a name: every name of timm itself must still be timm's
+    foreign = [n for n in timm.list_models() if n not in NAMES]
+    assert all(timm.model_entrypoint(n).__module__.startswith("timm.") for n in foreign)
+
+
+def test_sizes():
+    count = {name: sum(p.numel() for p in model(name, device="meta").parameters()) for name in NAMES}
+    assert count["deq_resnet8_cifar"] < 300_000
+    assert count["deq_resnet18_cifar"] == 8_682_570
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_twin_has_the_same_encoder_and_head(name):
+    deq, twin = model(name), model(name, equilibrium=False)
+    deq_state, twin_state = deq.state_dict(), twin.state_dict()
+    shared = [key for key in deq_state if not key.startswith("layer4.")]
+    assert shared == [key for key in twin_state if not key.startswith("layer4.")]
+    assert [deq_state[k].shape for k in shared] == [twin_state[k].shape for k in shared]
+    assert all(torch.equal(deq_state[k], twin_state[k]) for k in shared)  # one seed, the same initial values
+    assert not any(isinstance(m, Equilibrium) for m in twin.modules())
+
+
+@pytest.mark.parametrize("kind", [True, False])
+def test_out_norm(kind):
+    for out_norm, check in {
+        "none": lambda f: True,
+        "group": lambda f: torch.allclose(f.unflatten(1, (8, -1)).mean(dim=(2, 3, 4)), torch.zeros(4, 8), atol=1e-5),
+        "batch_relu": lambda f: (f >= 0).all() and (f == 0).any(),
+    }.items():
+        net = model(equilibrium=kind, out_norm=out_norm).train()
+        features = net.forward_features(IMAGES)
+        assert check(features)
+        assert torch.equal(
+            net.norm(net.forward_intermediates(IMAGES, indices=[4], intermediates_only=True)[0]), features
+        )
+
+
+def test_the_features_are_an_equilibrium():
+    net = model(tol=1e-5, max_steps=60).train()
+    inputs = []
+    net.layer4.injection.register_forward_hook(lambda _, args, out: inputs.append(out))
+    z = net.forward_features(IMAGES)
+    fz = equilibrium(net).cell(z, inputs[0])
+    assert ((fz - z).flatten(1).norm(dim=1) / fz.flatten(1).norm(dim=1)).max() < 2e-5
+
+
+def test_the_settings_reach_the_equilibrium():
+    assert equilibrium(model()).solver == Anderson() and equilibrium(model()).gradient == Implicit(Anderson())
+    net = model(solver="broyden", memory=3, tol=1e-2, backward_max_steps=7)
+    assert equilibrium(net).solver == Broyden(1e-2, memory=3)
+    assert equilibrium(net).gradient == Implicit(Broyden(1e-2, 7, memory=3))
+    net = model(solver="picard", damping=0.5, gradient="phantom", phantom_steps=2, phantom_damping=0.9)
+    assert equilibrium(net).solver == Picard(damping=0.5)
+    assert equilibrium(net).gradient == Phantom(2, damping=0.9)
+    assert equilibrium(model(gradient="unrolled")).gradient == Unrolled()
+
+
+@pytest.mark.parametrize("kind", [True, False])
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"solver": "newton"}, ValueError, "solver must be one of picard, anderson, broyden, got 'newton'"),
+        ({"gradient": "adjoint"}, ValueError, "gradient must be one of implicit, phantom, unrolled, got 'adjoint'"),
+        ({"solver": "picard", "memory": 3}, ValueError, 'memory does not apply to solver="picard"'),
+        ({"phantom_steps": 3}, ValueError, 'phantom_steps does not apply to gradient="implicit"'),
+        (
+            {"gradient": "unrolled", "backward_tol": 1e-3},
+            ValueError,
+            'backward_tol does not apply to gradient="unrolled"',
+        ),
+        ({"tol": -1}, ValueError, "tol must be above 0, got -1"),
+        ({"out_norm": "layer"}, ValueError, "out_norm must be one of none, group, batch_relu, got 'layer'"),
+        ({"tolerance": 1}, TypeError, "tolerance"),
+    ],
+)
+def test_bad_arguments(kwargs, error, message, kind):
+    with pytest.raises(error, match=message):
+        model(equilibrium=kind, **kwargs)
+
+
+def save(net, folder):
+    save_for_hf(net, folder, safe_serialization=True)
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", [True, False])
+def test_a_saved_model_reloads_with_equal_logits_and_its_settings(kind, tmp_path):
+    net = model(num_classes=7, equilibrium=kind, solver="broyden", tol=1e-2, max_steps=5, out_norm="group").eval()
+    net(IMAGES)
+    assert save(net, tmp_path)["model_args"]["max_steps"] == 5
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IMAGES), net(IMAGES))
+    if kind:
+        assert equilibrium(loaded).solver == Broyden(1e-2, 5)
+
+
+def test_set_solver_survives_saving(tmp_path):
+    net = model(solver="anderson", memory=3).eval()
+    set_solver(net, tol=0.02, max_steps=4)
+    assert equilibrium(net).solver == Anderson(0.02, 4, memory=3)
+    assert equilibrium(net).gradient == Implicit(Anderson(0.02, 4, memory=3))
+    set_solver(net, "picard", damping=0.8)
+    assert equilibrium(net).solver == Picard(0.02, 4, damping=0.8)
+    save(net, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert equilibrium(loaded).solver == Picard(0.02, 4, damping=0.8)
+    with torch.no_grad():
+        assert torch.equal(loaded(IMAGES), net(IMAGES))
+
+
+def test_set_solver_leaves_a_backward_solve_of_its_own_alone():
+    net = model(backward_tol=1e-6)
+    set_solver(net, max_steps=3)
+    assert equilibrium(net).gradient == Implicit(Anderson(1e-6))
+
+
+def test_set_solver_refuses_and_changes_nothing():
+    net = model()
+    for args, kwargs, message in [
+        ((), {"damping": 0.5}, "damping does not apply to Anderson"),
+        ((), {"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        (("newton",), {}, "solver must be one of"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            set_solver(net, *args, **kwargs)
+    assert equilibrium(net).solver == Anderson()
+    with pytest.raises(ValueError, match="model must have an Equilibrium layer, got DEQResNet without one"):
+        set_solver(model(equilibrium=False), max_steps=3)
+
+
+def test_fewer_steps_cost_fewer_evaluations():
+    net = model().train()
+    steps = {}
+    for most in (1, 4, 20):
+        set_solver(net, max_steps=most)
+        with SolveLog(net) as log, torch.no_grad():
+            net(IMAGES)
+        steps[most] = log.steps.max().item()
+    assert steps[1] == 1 and steps[4] == 4 and 4 < steps[20] <= 20
+
+
+def test_ema_deepcopy_and_state_dict(tmp_path):
+    net = model().train()
+    ema = ModelEmaV3(net, decay=0.5)
+    twin = copy.deepcopy(net)
+    net(IMAGES).square().sum().backward()
+    with torch.no_grad():
+        for p in net.parameters():
+            p -= 0.01 * p.grad
+    ema.update(net)
+    expected = 0.5 * twin.fc.weight + 0.5 * net.fc.weight
+    torch.testing.assert_close(ema.module.fc.weight, expected)
+    torch.save(net.state_dict(), tmp_path / "weights.pt")
+    twin.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    with torch.no_grad():
+        assert torch.equal(twin.eval()(IMAGES), net.eval()(IMAGES))
+
+
+def test_grad_checkpointing_gives_the_same_gradients():
+    for kind in (True, False):
+        grads = []
+        for enable in (False, True):
+            net = model(equilibrium=kind).train()
+            net.set_grad_checkpointing(enable)
+            net(IMAGES).square().sum().backward()
+            grads.append([p.grad for p in net.parameters()])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_features_only():
+    net = timm.create_model("deq_resnet18_cifar", features_only=True)
+    assert [f.shape[1:] for f in net(IMAGES)] == [(64, 32, 32), (64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+    assert net.feature_info.reduction() == [1, 1, 2, 4, 8]
+
+
+def test_layers_group_by_depth():
+    groups = model().group_matcher()
+    ids = timm.models._manipulate.group_parameters(model(), groups, reverse=True)
+    order = ["conv1.weight", "layer1.0.conv1.weight", "layer3.0.conv1.weight", "layer4.injection.0.weight"]
+    order += ["layer4.equilibrium.cell.branch.0.weight", "fc.weight"]
+    depths = [ids[name] for name in order]
+    assert depths == sorted(set(depths))
+
+
+def test_version_is_importable():
+    assert set(timm_deq.__all__) <= set(dir(timm_deq))

@@ -1,0 +1,167 @@
+import pytest
+import torch
+from problems import Linear
+from stubs import Counted, Scripted
+from torch.overrides import TorchFunctionMode
+
+from timm_deq import Anderson, Broyden, Picard, Status, fixed_point
+
+SOLVERS = [Picard, Anderson, Broyden]
+
+
+def one(z):
+    """f(z) = 1, so that the residual at z is |z - 1|."""
+    return torch.ones_like(z)
+
+
+def test_residual_is_relative_to_f_and_per_sample():
+    solution = fixed_point(lambda z: 2 * torch.ones_like(z), torch.tensor([[1.0], [2.5], [2.0]]), Picard(1e-3, 1))
+    torch.testing.assert_close(solution.residual, torch.tensor([0.5, 0.25, 0.0]))
+    assert solution.status.tolist() == [Status.MAX_STEPS, Status.MAX_STEPS, Status.CONVERGED]
+    assert solution.steps.tolist() == [1, 1, 1]
+
+
+def test_the_residual_is_not_the_damped_step():
+    f = Linear(batch=1)
+    solution = fixed_point(f, f.z0, Picard(1e-2, 500, damping=0.05))
+    z = solution.value
+    true = (f(z) - z).norm() / f(z).norm()
+    torch.testing.assert_close(solution.residual[0], true)
+    assert solution.status.item() == Status.CONVERGED and true <= 1e-2
+
+
+def test_returns_the_best_iterate_not_the_last():
+    solver = Scripted(1e-3, 4, points=((1.5, 1.1, 3.0),))
+    solution = fixed_point(one, torch.zeros(1, 2), solver)
+    torch.testing.assert_close(solution.value, torch.full((1, 2), 1.1))
+    torch.testing.assert_close(solution.residual, torch.tensor([0.1]))
+    assert solution.steps.item() == 4 and solution.status.item() == Status.MAX_STEPS
+
+
+def test_a_converged_sample_is_frozen():
+    solver = Scripted(0.2, 5, points=((1.1, 1.0, 1.0), (5.0, 4.0, 3.0)))
+    f = Counted(one)
+    solution = fixed_point(f, torch.zeros(2, 1), solver)
+    torch.testing.assert_close(solution.value[0], torch.tensor([1.1]))  # not the better 1.0 that came later
+    assert solution.steps.tolist() == [2, 5]
+    assert all(z[0].item() == pytest.approx(1.1) for z in f.inputs[1:])
+
+
+def test_a_nonfinite_evaluation_keeps_the_best_iterate():
+    solver = Scripted(1e-6, 6, points=((0.5, 0.9, 7.0, 1.0),))
+    solution = fixed_point(lambda z: torch.where(z > 5, torch.nan, 1.0), torch.zeros(1, 1), solver)
+    assert solution.status.item() == Status.NONFINITE and solution.steps.item() == 4
+    torch.testing.assert_close(solution.value, torch.full((1, 1), 0.9))
+
+
+def test_nonfinite_at_once_returns_the_start():
+    solution = fixed_point(lambda z: z * torch.nan, torch.ones(2, 3), Anderson())
+    assert torch.equal(solution.value, torch.ones(2, 3))
+    assert solution.residual.isinf().all() and (solution.status == Status.NONFINITE).all()
+
+
+def test_every_status_explains_itself():
+    assert all(status.sentence.endswith(".") for status in Status)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_leaving_early_and_running_on_give_the_same_numbers(solver):
+    f = Linear(batch=5, radius=0.6)
+    early = fixed_point(f, f.z0, solver(1e-4, 40, check_every=1))
+    late = fixed_point(counted := Counted(f), f.z0, solver(1e-4, 40, check_every=1000))
+    assert len(counted.inputs) == 40 and early.steps.max() < 30
+    assert all(torch.equal(a, b) for a, b in zip(early, late, strict=True))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_sample_does_not_depend_on_its_company(solver):
+    everyone = Linear(size=8, batch=64, radius=0.9, seed=3)
+    diverging = torch.zeros(64, 1, dtype=torch.float64)
+    diverging[5] = 1
+    alone = Linear(size=8, batch=64, radius=0.9, seed=3)
+    alone.b, alone.z0 = alone.b[:1], alone.z0[:1]
+
+    def beside_a_diverging_sample(z):
+        return everyone(z) + diverging * (z * z * 1e3 + 1e30)
+
+    settings = solver(1e-6, 300)
+    reference = fixed_point(alone, alone.z0, settings)
+    for f in (everyone, beside_a_diverging_sample):
+        solution = fixed_point(f, everyone.z0, settings)
+        torch.testing.assert_close(solution.value[:1], reference.value, rtol=1e-6, atol=1e-12)
+        assert solution.steps[0] == reference.steps[0]
+        assert solution.value.isfinite().all()
+    assert (reference.status == Status.CONVERGED).all() and solution.status[5] != Status.CONVERGED
+
+
+@pytest.mark.parametrize("check_every", [1, 3])
+def test_the_host_is_asked_every_check_every_steps(check_every):
+    class CountQuestions(TorchFunctionMode):
+        asked = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.asked += func in (torch.Tensor.__bool__, torch.Tensor.item, torch.Tensor.tolist)
+            return func(*args, **(kwargs or {}))
+
+    f = Linear(radius=0.99)
+    with CountQuestions() as mode:
+        fixed_point(f, f.z0, Anderson(1e-12, 12, check_every=check_every, memory=2))
+    assert mode.asked == 11 // check_every
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_algebra_stays_in_float32_under_autocast(solver):
+    f = Linear(batch=3, dtype=torch.float32)
+    A = f.A.clone()
+
+    def elementwise(z):  # a product that autocast does not touch
+        return (z.unsqueeze(1) * A).sum(-1) + f.b
+
+    expected = fixed_point(elementwise, f.z0, solver(1e-6, 30))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        solution = fixed_point(elementwise, f.z0, solver(1e-6, 30))
+    assert torch.equal(solution.value, expected.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_precision(dtype):
+    seen = []
+
+    def f(z):
+        seen.append(z.dtype)
+        return 0.5 * z + 1
+
+    solution = fixed_point(f, torch.zeros(2, 3, dtype=dtype), Anderson(1e-2))
+    assert set(seen) == {dtype}
+    assert solution.value.dtype == torch.promote_types(dtype, torch.float32)
+    assert (solution.status == Status.CONVERGED).all()
+
+
+def test_zero_is_a_fixed_point():
+    solution = fixed_point(lambda z: z / 2, torch.zeros(1, 4), Anderson())
+    assert solution.residual.item() == 0 and solution.steps.item() == 1
+
+
+def test_an_empty_batch():
+    for solver in SOLVERS:
+        solution = fixed_point(lambda z: z / 2, torch.zeros(0, 3, 2), solver())
+        assert solution.value.shape == (0, 3, 2) and solution.steps.shape == (0,)
+
+
+def test_trace_is_the_residual_after_each_evaluation():
+    trace = []
+    fixed_point(one, torch.zeros(1, 1), Scripted(0.2, 5, points=((1.5, 0.9, 7.0),)), trace=trace)
+    torch.testing.assert_close(torch.cat(trace), torch.tensor([1.0, 0.5, 0.1]))  # leaves after the third
+
+
+@pytest.mark.parametrize(
+    ("f", "z0", "message"),
+    [
+        (one, torch.zeros(3), r"z0 must be a floating-point tensor .* got torch.float32 \(3,\)"),
+        (one, torch.zeros(3, 2, dtype=torch.long), "z0 must be .* got torch.int64"),
+        (lambda z: z[:, :1], torch.zeros(3, 2), r"f must keep the shape of its input, \(3, 2\), got \(3, 1\)"),
+    ],
+)
+def test_bad_input(f, z0, message):
+    with pytest.raises(ValueError, match=message):
+        fixed_point(f, z0, Picard())

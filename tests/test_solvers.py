@@ -1,0 +1,194 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import Linear, cell_and_input, generator
+
+from timm_deq import Anderson, Broyden, Picard, Status, fixed_point
+from timm_deq.solvers.anderson import _solve
+
+SOLVERS = [Picard, Anderson, Broyden]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("radius", [0.3, 0.9])
+def test_linear_problem_against_a_direct_solve(solver, radius):
+    f = Linear(radius=radius)
+    solution = fixed_point(f, f.z0, solver(1e-12, 500))
+    torch.testing.assert_close(solution.value, f.solution, rtol=1e-9, atol=1e-9)
+    assert (solution.status == Status.CONVERGED).all()
+
+
+@pytest.mark.parametrize(("solver", "most"), [(Anderson(1e-9, 50, memory=7, ridge=0), 9), (Broyden(1e-9, 50), 14)])
+def test_a_linear_problem_of_size_6_ends_in_theory_s_number_of_steps(solver, most):
+    # Anderson with full memory is GMRES (Walker & Ni 2011): exact after 6 residuals, then an evaluation to see it.
+    # Broyden's method is exact after 2 * 6 steps (Gay 1979).
+    f = Linear(size=6, batch=1)
+    assert fixed_point(f, f.z0, solver).steps.item() <= most
+
+
+def test_picard_follows_its_formula():
+    f = Linear(batch=1)
+    z = f.z0
+    for _ in range(7):
+        z = 0.7 * f(z) + 0.3 * z
+    solution = fixed_point(f, f.z0, Picard(1e-30, 8, damping=0.7))
+    torch.testing.assert_close(solution.value, z)
+
+
+def test_damping_tames_a_flip():
+    def flip(z):  # eigenvalue -1.5: the plain iteration diverges
+        return -1.5 * z + 1
+
+    assert fixed_point(flip, torch.zeros(1, 2), Picard(1e-5, 50)).status.item() == Status.MAX_STEPS
+    damped = fixed_point(flip, torch.zeros(1, 2), Picard(1e-5, 50, damping=0.5))
+    torch.testing.assert_close(damped.value, torch.full((1, 2), 0.4), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("mixing", [1.0, 0.6])
+def test_anderson_against_the_constrained_least_squares(mixing):
+    """One update against the minimiser of `||sum a_i F_i||` on `sum a_i = 1`, by elimination and lstsq."""
+    rng = generator(1)
+    z = torch.randn(4, 1, 9, generator=rng, dtype=torch.float64)
+    fz = torch.randn(4, 1, 9, generator=rng, dtype=torch.float64)
+    solver = Anderson(memory=3, ridge=0.0, mixing=mixing)
+    state = solver.init(z[0])
+    for i in range(4):  # the window of three has moved on by one
+        z_next, state = solver.update(z[i], fz[i], state)
+    F = (fz - z)[1:, 0]
+    differences = (F[1:] - F[0]).T
+    gamma = torch.linalg.lstsq(differences, -F[0].unsqueeze(1)).solution.squeeze(1)
+    alpha = torch.cat([1 - gamma.sum(keepdim=True, dim=0), gamma])
+    expected = alpha @ (z[1:, 0] + mixing * F)
+    torch.testing.assert_close(z_next[0], expected)
+
+
+def test_anderson_does_not_depend_on_scale():
+    f = Linear(batch=2)
+    runs = [fixed_point(lambda z, s=s: s * f(z / s), f.z0, Anderson(1e-8, 40)) for s in (1.0, 2.0**-40, 2.0**40)]
+    for scale, run in zip((1.0, 2.0**-40, 2.0**40), runs, strict=True):
+        assert torch.equal(run.steps, runs[0].steps)
+        torch.testing.assert_close(run.value / scale, runs[0].value)
+
+
+def test_anderson_falls_back_to_a_picard_step():
+    solver = Anderson(memory=2, ridge=0.0)
+    z = torch.zeros(2, 3)
+    state = solver.init(z)
+    fz = torch.ones(2, 3)
+    _, state = solver.update(z, fz, state)
+    z_next, _ = solver.update(z, fz, state)  # the same residual twice: a singular Gram matrix
+    torch.testing.assert_close(z_next, fz)
+
+
+def test_the_spelt_out_solve_equals_the_library_s(monkeypatch):
+    rng = generator()
+    F = torch.randn(3, 5, 20, generator=rng, dtype=torch.float64)
+    matrix, rhs = F @ F.mT, torch.rand(3, 5, generator=rng, dtype=torch.float64)
+    expected = torch.linalg.solve(matrix, rhs)
+    torch.testing.assert_close(_solve(matrix, rhs, 5), expected)
+    monkeypatch.setattr("timm_deq.solvers.anderson.is_static", lambda z: True)
+    torch.testing.assert_close(_solve(matrix, rhs, 5), expected)
+
+
+def test_broyden_satisfies_the_secant_condition():
+    """`B dg = dz` for the newest pair, also after the memory has wrapped; B rebuilt densely from the state."""
+    f = Linear(size=5, batch=1, radius=0.9)
+    solver = Broyden(memory=3)
+    previous, z, state = None, f.z0, solver.init(f.z0)
+    for _ in range(8):
+        z_next, state = solver.update(z, f(z), state)
+        if previous is not None:
+            us, vs = state[0][0], state[1][0]
+            B = us.T @ vs - torch.eye(5, dtype=z.dtype)
+            dg = (f(z) - z) - (f(previous) - previous)
+            torch.testing.assert_close(B @ dg[0], (z - previous)[0])
+        previous, z = z, z_next
+
+
+@pytest.mark.parametrize("solver", [Anderson(memory=4), Broyden(memory=4)])
+def test_memory_does_not_grow(solver):
+    f = Linear()
+    sizes = []
+    z, state = f.z0, solver.init(f.z0)
+    for _ in range(12):
+        z, state = solver.update(z, f(z), state)
+        sizes.append(sum(t.numel() for t in state if isinstance(t, torch.Tensor)))
+    assert len(set(sizes)) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Picard(tol=0), "tol must be above 0, got 0"),
+        (lambda: Picard(tol=float("nan")), "tol must be above 0, got nan"),
+        (lambda: Anderson(max_steps=0), "max_steps must be at least 1, got 0"),
+        (lambda: Anderson(memory=0), "memory must be at least 1, got 0"),
+        (lambda: Anderson(ridge=-1), "ridge must be at least 0, got -1"),
+        (lambda: Anderson(mixing=2), r"mixing must be in \(0, 2\), got 2"),
+        (lambda: Broyden(memory=0), "memory must be at least 1, got 0"),
+        (lambda: Picard(damping=0), r"damping must be in \(0, 2\), got 0"),
+        (lambda: Picard(check_every=0), "check_every must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def _family(name, batch, dtype, seed):
+    """A map and its start; whether it must converge."""
+    rng = generator(seed)
+    b = torch.randn(batch, 5, generator=rng).to(dtype)
+    z0 = torch.zeros_like(b)
+    if name in ("contracting", "barely", "diverging"):
+        radius = {"contracting": 0.7, "barely": 0.94, "diverging": 3.0}[name]
+        f = Linear(size=5, batch=max(batch, 1), radius=radius, seed=seed, dtype=dtype)
+        A = f.A
+        return (lambda z: z @ A.T + b), z0
+    if name == "conv":
+        cell, x = cell_and_input("conv", batch=batch, dtype=dtype)
+        return (lambda z: cell(z, x.detach())), torch.zeros_like(x)
+    if name == "attention":
+        cell, x = cell_and_input("attention", batch=batch, dtype=dtype)
+        return (lambda z: cell(z, x.detach())), torch.zeros_like(x)
+    return {
+        "constant": lambda z: b,
+        "identity": lambda z: z.clone(),
+        "nan_far_out": lambda z: torch.where(z.abs() > 2, torch.nan, 2 * z + b),
+        "squaring": lambda z: z * z * 10 + b,
+        "steps": lambda z: torch.sign(z) + b,
+        "zero": lambda z: z * 0,
+    }[name], z0
+
+
+@pytest.mark.filterwarnings("error")
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(
+        "contracting barely diverging conv attention constant identity nan_far_out squaring steps zero".split()
+    ),
+    solver=st.sampled_from(SOLVERS),
+    batch=st.sampled_from([0, 1, 3]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    max_steps=st.sampled_from([1, 2, 7, 300]),
+    seed=st.integers(0, 1000),
+)
+def test_any_map(name, solver, batch, dtype, max_steps, seed):
+    f, z0 = _family(name, batch, dtype, seed)
+    tol = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2}[dtype]
+    with torch.no_grad():
+        solution = fixed_point(f, z0, solver(tol, max_steps))
+        value, residual, steps, status = solution
+        assert value.isfinite().all() and value.shape == z0.shape
+        assert ((1 <= steps) & (steps <= max_steps)).all()
+        # The residual is the true one at the value returned, measured here in float64.
+        fz = f(value.to(dtype)).double().flatten(1)
+        true = (fz - value.double().flatten(1)).norm(dim=1) / fz.norm(dim=1).clamp_min(1e-38)
+    known = residual.isfinite()
+    rounding = 10 * torch.finfo(dtype).eps
+    torch.testing.assert_close(residual[known].double(), true[known], rtol=1e-3, atol=rounding)
+    assert torch.equal(status == Status.CONVERGED, residual <= tol)
+    assert (status[~known] == Status.NONFINITE).all()
+    if name in ("contracting", "barely", "conv", "attention", "constant", "identity") and max_steps == 300:
+        assert (status == Status.CONVERGED).all()
