@@ -29,6 +29,7 @@ def test_timm_s_own_suite_passes(tmp_path):
         archive.extractall(tmp_path, filter="data")
     suite = tmp_path / f"timm-{timm.__version__}"
     env = {key: value for key, value in os.environ.items() if key != "GITHUB_ACTIONS"}  # it makes timm drop tests
+    env["OMP_NUM_THREADS"] = "1"  # threads of several test processes would wait for each other
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "timm_plugin", "-p", "no:cacheprovider", "-q", "-W", "ignore"]

@@ -1,4 +1,4 @@
-"""From the flat, JSON-able keywords of a timm model to solvers and gradients, and back.
+"""What all families share: from the flat, JSON-able keywords of a timm model to solvers, gradients and norms.
 
 Flat, because `timm` stores a model's keywords in `config.json`: what builds an equilibrium survives the Hub.
 """
@@ -6,6 +6,7 @@ Flat, because `timm` stores a model's keywords in `config.json`: what builds an 
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
 from timm.layers import register_notrace_module
 from timm.models._input import update_model_args
 from torch import nn
@@ -106,6 +107,29 @@ def create_solver_and_gradient(
         phantom_steps=phantom_steps,
         phantom_damping=phantom_damping,
     )
+
+
+def create_out_norm(
+    out_norm: str,
+    channels: int,
+    *,
+    num_groups: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """What normalises the features before pooling: "none", "group" (GroupNorm) or "batch_relu" (BatchNorm, ReLU).
+
+    Raises:
+        ValueError: Any other `out_norm`.
+    """
+    dd: dict[str, Any] = {"device": device, "dtype": dtype}
+    if out_norm == "none":
+        return nn.Identity()
+    if out_norm == "group":
+        return nn.GroupNorm(num_groups, channels, **dd)
+    if out_norm == "batch_relu":
+        return nn.Sequential(nn.BatchNorm2d(channels, **dd), nn.ReLU())
+    raise ValueError(f"out_norm must be one of none, group, batch_relu, got {out_norm!r}")
 
 
 def set_solver(model: nn.Module, solver: str | None = None, **settings: Any) -> None:

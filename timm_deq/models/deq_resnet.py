@@ -26,12 +26,11 @@ from timm.models.resnet import BasicBlock, Bottleneck, downsample_avg, downsampl
 from torch import Tensor, nn
 
 from timm_deq.equilibrium import Equilibrium
-from timm_deq.models._factory import create_solver_and_gradient
+from timm_deq.models._factory import create_out_norm, create_solver_and_gradient
 
 __all__ = ["DEQResNet"]
 
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 class ResidualCell(nn.Module):
@@ -111,29 +110,6 @@ def _init_weights(root: nn.Module, *, zero_init_last: bool = True) -> None:
             module.zero_init_last()
 
 
-def create_out_norm(
-    out_norm: str,
-    channels: int,
-    *,
-    num_groups: int,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> nn.Module:
-    """What normalises the features before pooling: "none", "group" (GroupNorm) or "batch_relu" (BatchNorm, ReLU).
-
-    Raises:
-        ValueError: Any other `out_norm`.
-    """
-    dd: dict[str, Any] = {"device": device, "dtype": dtype}
-    if out_norm == "none":
-        return nn.Identity()
-    if out_norm == "group":
-        return nn.GroupNorm(num_groups, channels, **dd)
-    if out_norm == "batch_relu":
-        return nn.Sequential(nn.BatchNorm2d(channels, **dd), nn.ReLU())
-    raise ValueError(f"out_norm must be one of none, group, batch_relu, got {out_norm!r}")
-
-
 class DEQResNet(nn.Module):
     """A ResNet whose last stage is an equilibrium (or, as its explicit twin, is not).
 
@@ -197,7 +173,7 @@ class DEQResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, stem_width, kernel, stride=stride, padding=kernel // 2, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(stem_width, **dd)
         self.act1 = nn.ReLU(inplace=True)
-        self.maxpool = nn.Identity() if small_input else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.maxpool = nn.Identity() if small_input else nn.MaxPool2d(3, stride=2, padding=1)
         self.feature_info = [dict(num_chs=stem_width, reduction=stride, module="act1")]
 
         # Stages: make_blocks counts from a stem of stride 4
@@ -232,7 +208,7 @@ class DEQResNet(nn.Module):
             _init_weights(self.layer4)
 
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """Initialises all convolutions and the gains of the residual branches."""
+        """Initialises convolutions and the gains of residual branches."""
         _init_weights(self, zero_init_last=zero_init_last)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -245,7 +221,7 @@ class DEQResNet(nn.Module):
         self.grad_checkpointing = enable
 
     def get_classifier(self, name_only: bool = False) -> str | nn.Module:
-        """The classifier, or its name."""
+        """The classifier or its name."""
         return "fc" if name_only else self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -261,9 +237,6 @@ class DEQResNet(nn.Module):
         head: Any = create_classifier(num_features, num_classes, pool_type=pool_type, **dd)
         self.global_pool, self.fc = head
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-
-    def _stages(self) -> list[nn.Module]:
-        return [self.layer1, self.layer2, self.layer3, self.layer4]
 
     def forward_intermediates(
         self,
@@ -292,7 +265,8 @@ class DEQResNet(nn.Module):
         if 0 in take_indices:
             intermediates.append(x)
         x = self.maxpool(x)
-        for index, stage in enumerate(self._stages()[: max_index if stop_early else 4], start=1):
+        stages = [self.layer1, self.layer2, self.layer3, self.layer4]
+        for index, stage in enumerate(stages[: max_index if stop_early else 4], start=1):
             recompute = self.grad_checkpointing and not isinstance(stage, EquilibriumStage)
             x = checkpoint_seq(stage, x) if recompute else stage(x)
             if index in take_indices:
@@ -313,8 +287,8 @@ class DEQResNet(nn.Module):
 
         Args:
             indices: Which intermediates to keep: the last n if an int.
-            prune_norm: Drop the output normalisation; it goes anyway where stage 4 goes.
-            prune_head: Drop the classifier; it goes anyway where stage 4 goes.
+            prune_norm: Drop the output normalisation, which goes anyway with stage 4.
+            prune_head: Drop the classifier, likewise.
 
         Returns:
             The indices kept.
@@ -335,34 +309,24 @@ class DEQResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Unpooled features `(B, C, H, W)` of images."""
-        x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.act1(x)
-        x = self.maxpool(x)
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             explicit = [self.layer1, self.layer2, self.layer3] + ([] if self.equilibrium else [self.layer4])
             x = checkpoint_seq(explicit, x, flatten=True)
             if self.equilibrium:
                 x = self.layer4(x)
         else:
-            x = self.layer1(x)
-            x = self.layer2(x)
-            x = self.layer3(x)
-            x = self.layer4(x)
+            x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits `(B, num_classes)`, or what the classifier would receive, from unpooled features."""
-        x = self.global_pool(x)
-        if self.drop_rate:
-            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
+        x = F.dropout(self.global_pool(x), p=float(self.drop_rate), training=self.training)
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `(B, num_classes)` of images `(B, C, H, W)`."""
-        x = self.forward_features(x)
-        x = self.forward_head(x)
-        return x
+        return self.forward_head(self.forward_features(x))
 
 
 def _create_deq_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> DEQResNet:
@@ -385,9 +349,9 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
+def _cifar_cfg() -> dict[str, Any]:
     small = {"num_classes": 10, "input_size": (3, 32, 32), "pool_size": (4, 4), "crop_pct": 1.0}
-    return _cfg(**{**small, "mean": CIFAR10_MEAN, "std": CIFAR10_STD, **kwargs})
+    return _cfg(**small, mean=CIFAR10_MEAN, std=CIFAR10_STD)
 
 
 default_cfgs = generate_default_cfgs(

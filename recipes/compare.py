@@ -1,0 +1,99 @@
+"""Compare runs that differ in their settings, over seeds.
+
+    python recipes/compare.py runs/deq-0 runs/deq-1 runs/twin-0 runs/twin-1
+
+reads run folders that recipes/train.py has finished, puts those together that differ by nothing but their seed, and
+prints a Markdown table: mean ± standard deviation (of the sample) of test accuracy in %, NC1 to NC4 on the training
+images, and evaluations per image. Takes a second.
+"""
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+NOT_SETTINGS = ("seed", "output")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    folders = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not folders:
+            raise ValueError("no run folder given; allowed: one or more that recipes/train.py has finished")
+        print(table([read_run(folder) for folder in folders]))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_run(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings and the results of a finished run.
+
+    Raises:
+        ValueError: the folder does not hold a finished run.
+    """
+    config, results = Path(folder) / "config.yaml", Path(folder) / "results.json"
+    for path in (config, results):
+        if not path.is_file():
+            raise ValueError(f"{folder!r} has no {path.name}; allowed: folders of runs that have finished")
+    return yaml.safe_load(config.read_text()), json.loads(results.read_text())
+
+
+def table(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """A Markdown table with a row for each distinct setting, in the order in which they are given."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for config, results in runs:
+        setting = {key: value for key, value in config.items() if key not in NOT_SETTINGS}
+        key = json.dumps(setting, sort_keys=True)
+        settings[key] = setting
+        groups.setdefault(key, []).append(results)
+    names = differences(list(settings.values()))
+    measured = {key: [measurements(results) for results in group] for key, group in groups.items()}
+    columns = list(dict.fromkeys(column for rows in measured.values() for row in rows for column in row))
+    lines = ["| " + " | ".join(["settings", "runs", *columns]) + " |", "|---" * (len(columns) + 2) + "|"]
+    for key, name in zip(groups, names, strict=True):
+        cells = [spread([row.get(column, math.nan) for row in measured[key]]) for column in columns]
+        lines.append("| " + " | ".join([name, str(len(groups[key])), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each, the settings in which it differs from another, `model_args` spelt out."""
+    flat = []
+    for setting in settings:
+        arguments = {f"model_args.{key}": value for key, value in (setting.get("model_args") or {}).items()}
+        flat.append({**{key: value for key, value in setting.items() if key != "model_args"}, **arguments})
+    keys = dict.fromkeys(key for setting in flat for key in setting)
+    differing = [key for key in keys if len({json.dumps(setting.get(key)) for setting in flat}) > 1]
+    return [" ".join(f"{key}={s[key]}" for key in differing if key in s) or "defaults" for s in flat]
+
+
+def measurements(results: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of one run, by column."""
+    row = {f"{name} %": 100 * value for name, value in results["test"].items() if value is not None}
+    for name, key in (("NC1", "nc1"), ("NC2", "nc2_etf"), ("NC3", "nc3"), ("NC4", "nc4")):
+        value = results["collapse"][key]
+        row[name] = math.nan if value is None else value
+    if results["solver"]:
+        row["evaluations"] = results["solver"]["mean_steps"]
+    return row
+
+
+def spread(values: Sequence[float]) -> str:
+    """`mean ± standard deviation`, or the value alone, or `-` where there is none."""
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return "-"
+    mean = f"{statistics.mean(known):.3g}" if abs(known[0]) < 10 else f"{statistics.mean(known):.1f}"
+    return f"{mean} ± {statistics.stdev(known):.2g}" if len(known) > 1 else mean
+
+
+if __name__ == "__main__":
+    sys.exit(main())

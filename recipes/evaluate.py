@@ -1,0 +1,70 @@
+"""Accuracy of a classifier, overall, by group and by class, and what its solver did, over all ranks."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from nc_probe import NCProbe
+from timm_deq import SolveLog
+
+
+def sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
+    """The sum of every rank's tensor, on every rank."""
+    total = accelerator.reduce(value, "sum")
+    assert isinstance(total, Tensor)
+    return total
+
+
+@torch.no_grad()
+def evaluate(
+    net: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    accelerator: Accelerator,
+    num_classes: int,
+    probe: NCProbe | None = None,
+) -> tuple[np.ndarray, dict[str, float], SolveLog]:
+    """Pass over the images of all ranks in evaluation mode, with the probe attached if one is given.
+
+    Returns:
+        Confusion matrix (K, K) of counts [class, prediction] and means over images of what the solver did (empty for
+        an explicit model), both over all ranks; and the log of this rank's solves.
+    """
+    net.eval()
+    confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=accelerator.device)
+    with SolveLog(net) as log, probe or nullcontext():
+        for images, labels in loader:
+            with accelerator.autocast():
+                logits = net(images.to(accelerator.device, non_blocking=True))
+            if probe is not None:
+                probe.update(labels)
+            cell = labels.to(accelerator.device, non_blocking=True) * num_classes + logits.argmax(1)
+            confusion += torch.bincount(cell, minlength=num_classes**2)
+    confusion = sum_over_ranks(accelerator, confusion).view(num_classes, num_classes).cpu().numpy()
+    keys = ("mean_steps", "mean_residual", "converged", "nonfinite")
+    summary = log.summary()
+    means = [1.0, *(summary.get(key, 0.0) for key in keys)]
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # which MPS lacks
+    mine = torch.tensor(means, dtype=dtype, device=accelerator.device) * summary.get("samples", 0)
+    samples, *sums = sum_over_ranks(accelerator, mine).tolist()
+    return confusion, {key: value / samples for key, value in zip(keys, sums, strict=True)} if samples else {}, log
+
+
+def recalls(confusion: np.ndarray) -> np.ndarray:
+    """Accuracy of each class, (K,); NaN for a class without images."""
+    total = confusion.sum(1)
+    return np.divide(np.diag(confusion), total, out=np.full(len(total), np.nan), where=total > 0)
+
+
+def accuracies(confusion: np.ndarray, groups: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """Accuracy over all images, and over those of each group; NaN for a group without images."""
+    correct, total = np.diag(confusion), confusion.sum(1)
+    members = {"overall": range(len(confusion)), **groups}
+    return {
+        name: float(correct[list(classes)].sum() / images) if (images := total[list(classes)].sum()) else math.nan
+        for name, classes in members.items()
+    }

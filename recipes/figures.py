@@ -1,0 +1,126 @@
+"""Pictures of a run. They are drawn on figures of their own; pyplot and its global state are left alone."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from nc_probe import CollapseReport
+from nc_probe.plots import plot_grams
+from timm_deq import SolveLog
+
+# Okabe & Ito (2008): told apart by readers of any colour vision.
+COLORS = {"overall": "#000000", "majority": "#0072B2", "minority": "#D55E00"}
+_STYLE: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
+
+
+def save_figures(
+    folder: Path,
+    records: Sequence[dict[str, Any]],
+    report: CollapseReport,
+    log: SolveLog,
+    *,
+    tol: float | None,
+    class_names: Sequence[str],
+    title: str,
+) -> None:
+    """Write the pictures of a run into a new folder: training.png, gram.png and, for a model that solves,
+    residual.png."""
+    folder.mkdir()
+    training_figure(records, title=title).savefig(folder / "training.png", dpi=150)
+    gram = plot_grams(report, class_names=class_names, title=f"{title}: cosines between classes")
+    gram.savefig(folder / "gram.png", dpi=150)
+    if len(log):
+        residuals = residual_figure(log.trace.numpy(), tol=tol, title=f"{title}: residual on test images")
+        residuals.savefig(folder / "residual.png", dpi=150)
+
+
+def training_figure(records: Sequence[dict[str, Any]], *, title: str) -> Figure:
+    """Accuracy and NC1..NC3 against epochs.
+
+    Args:
+        records: lines of metrics.jsonl. Accuracies are under 'val' and 'train', measurements of collapse under
+            'collapse'.
+        title: above all.
+    """
+    figure = Figure(figsize=(10, 6.8), layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    panels = figure.subplots(2, 2, sharex=True).flat
+    _accuracy_panel(panels[0], records)
+    _collapse_panel(panels[1], records, "nc1", "NC1: spread within classes, relative to between")
+    panels[1].set_yscale("log")
+    panels[1].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    panels[1].yaxis.set_major_formatter("{x:.2g}")
+    panels[1].yaxis.set_minor_formatter(NullFormatter())
+    _collapse_panel(panels[2], records, "nc2_etf", "NC2: distance of class means to a simplex ETF")
+    _collapse_panel(panels[3], records, "nc3", "NC3: distance of classifier to class means")
+    for axes in panels[2:]:
+        axes.set_xlabel("epoch")
+        axes.set_ylim(bottom=0)
+    return figure
+
+
+def _accuracy_panel(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
+    for split, dashes, marker in (("val", "-", ""), ("train", ":", "o")):
+        measured = [record for record in records if record.get(split)]
+        for group in measured[0][split] if measured else ():
+            epochs = [record["epoch"] for record in measured]
+            values = [100 * record[split][group] for record in measured]
+            axes.plot(
+                epochs,
+                values,
+                color=COLORS.get(group),
+                linestyle=dashes,
+                marker=marker,
+                markersize=3,
+                label=f"{group}, {split}",
+            )
+    _finish(axes, "Accuracy on validation and training images", "%")
+    axes.set_ylim(top=102)
+
+
+def _collapse_panel(axes: Axes, records: Sequence[dict[str, Any]], key: str, title: str) -> None:
+    measured = [record for record in records if record.get("collapse")]
+    epochs = [record["epoch"] for record in measured]
+    for group in ["overall", *(measured[0]["collapse"]["groups"] if measured else ())]:
+        reports = [r["collapse"] if group == "overall" else r["collapse"]["groups"][group] for r in measured]
+        values = [math.nan if report[key] is None else report[key] for report in reports]
+        axes.plot(epochs, values, color=COLORS.get(group), label=group, **_STYLE)
+    _finish(axes, title, "")
+
+
+def residual_figure(trace: np.ndarray, *, tol: float | None, title: str) -> Figure:
+    """Residual of the fixed point against evaluations, over samples.
+
+    Args:
+        trace: relative residual of each sample after each evaluation, (T, N).
+        tol: residual at which the solver stops.
+        title: above the picture.
+    """
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
+    steps = np.arange(1, len(trace) + 1)
+    low, median, high = np.nanpercentile(trace, [10, 50, 90], axis=1)
+    axes.fill_between(steps, low, high, color=COLORS["majority"], alpha=0.2, linewidth=0, label="10 to 90 % of images")
+    axes.plot(steps, median, color=COLORS["majority"], label="median image", **_STYLE)
+    if tol is not None:
+        axes.axhline(tol, color=COLORS["minority"], linestyle="--", linewidth=1.4, label=f"tolerance {tol:g}")
+    axes.set_yscale("log")
+    axes.set_xlabel("evaluations of f")
+    _finish(axes, title, "‖f(z) − z‖ / ‖f(z)‖")
+    return figure
+
+
+def _finish(axes: Axes, title: str, label: str) -> None:
+    axes.set_title(title, fontsize=10.5, loc="left")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,0 +1,41 @@
+import json
+import statistics
+
+import pytest
+import yaml
+
+from recipes.compare import main
+
+
+def run(folder, *, seed, accuracy, nc1=0.25, steps=None, **settings):
+    folder.mkdir(parents=True)
+    config = {"output": str(folder), "seed": seed, "model": "net", "model_args": {}, **settings}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    results = {
+        "test": {"overall": accuracy, "minority": None},
+        "collapse": {"nc1": nc1, "nc2_etf": 0.5, "nc3": 0.5, "nc4": 1.0},
+        "solver": {"mean_steps": steps} if steps else {},
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    return str(folder)
+
+
+def test_seeds_are_put_together_and_settings_apart(tmp_path, capsys):
+    folders = [run(tmp_path / f"deq{s}", seed=s, accuracy=0.9 + 0.01 * s, steps=7 + s) for s in range(3)]
+    folders.append(run(tmp_path / "twin", seed=0, accuracy=0.8, nc1=None, model_args={"equilibrium": False}))
+    assert main(folders) == 0
+    header, _, deq, twin = capsys.readouterr().out.splitlines()
+    assert header == "| settings | runs | overall % | NC1 | NC2 | NC3 | NC4 | evaluations |"
+    deviation = statistics.stdev([90, 91, 92])
+    assert deq == f"| defaults | 3 | 91.0 ± {deviation:.2g} | 0.25 ± 0 | 0.5 ± 0 | 0.5 ± 0 | 1 ± 0 | 8 ± 1 |"
+    assert twin == "| model_args.equilibrium=False | 1 | 80.0 | - | 0.5 | 0.5 | 1 | - |"
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [([], "no run folder given"), (["nowhere"], "'nowhere' has no config.yaml; allowed: folders of runs")],
+)
+def test_bad_input(folders, message, capsys):
+    assert main(folders) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -1,0 +1,31 @@
+"""The Python of README.md runs as it stands."""
+
+import re
+from pathlib import Path
+
+import timm
+import torch
+from problems import conv_cell
+from timm.models import save_for_hf
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_every_block_runs(tmp_path, capsys):
+    save_for_hf(timm.create_model("deq_resnet8_cifar"), str(tmp_path), safe_serialization=True)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        names = {"cell": conv_cell(), "x": torch.randn(2, 4, 3, 3)}  # what README leaves to the reader
+        exec(block.replace("runs/digits/checkpoint", str(tmp_path)), names)
+    assert "NC1" in capsys.readouterr().out
+
+
+def test_sizes_are_those_of_the_table():
+    rows = re.findall(r"\| `(deq_\w+)` \| (\d+)x\d+ \| ([\d.]+) M \| ([\d.]+) M \|", README)
+    assert [name for name, *_ in rows] == timm.list_models("deq_*")
+    for name, size, *parameters in rows:
+        for equilibrium, count in zip((True, False), parameters, strict=True):
+            model = timm.create_model(name, equilibrium=equilibrium, device="meta")
+            assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == count
+            assert model.default_cfg["input_size"][1] == int(size)

@@ -1,0 +1,335 @@
+"""recipes/train.py as a user runs it: a whole run, two ranks, and mistakes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from recipes.config import parse
+from recipes.data import digits
+from recipes.longtail import Manifest
+from recipes.train import main
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def one_cpu_and_no_network(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def launch(*words, ranks=1):
+    """`accelerate launch recipes/train.py`, with one thread in each process so that sums have one order."""
+    # `--cpu` starts one process whatever number is asked for, unless there is MPI; `--multi_gpu` stands for several.
+    device = "--cpu" if ranks == 1 else "--multi_gpu"
+    launcher = f"accelerate.commands.launch {device} --quiet --num_processes {ranks} --num_machines 1"
+    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    defaults = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", *launcher.split(), *defaults, "recipes/train.py", *words]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=300)
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def logits_of(net, split, rows):
+    """Logits (N, K) of digits, through PIL and arithmetic written out."""
+    cfg = net.pretrained_cfg
+    resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[cfg["interpolation"]]
+    mean, std = (torch.tensor(cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    images = []
+    for i in rows:
+        picture = split[i]["image"].convert("RGB").resize(cfg["input_size"][1:], resample)
+        images.append((torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - mean) / std)
+    with torch.no_grad():
+        features = net.forward_head(net.forward_features(torch.stack(images)), pre_logits=True)
+        return features.double(), net.get_classifier()(features)
+
+
+DEFAULT = (
+    "--epochs",
+    "2",
+    "--probe_every",
+    "1",
+    "--eval_batch_size",
+    "50",
+    "--model_args.tol",
+    "2e-3",
+    "--model_args.max_steps",
+    "9",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run of the default command: its folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("runs") / "deep" / "digits"
+    done = launch("--output", str(folder), *DEFAULT)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_a_run_prints_results_and_progress(run):
+    folder, done = run
+    results = json.loads((folder / "results.json").read_text())
+    test, collapse, solver = results["test"], results["collapse"], results["solver"]
+    assert done.stdout.splitlines()[-4:] == [
+        "test accuracy    " + "   ".join(f"{name} {test[name]:.2%}" for name in ("overall", "majority", "minority")),
+        f"neural collapse  NC1 {collapse['nc1']:.4g}   NC2 {collapse['nc2_etf']:.4g}   NC3 {collapse['nc3']:.4g}   "
+        f"NC4 {collapse['nc4']:.4g}",
+        f"evaluations      {solver['mean_steps']:.2f} per image, {solver['converged']:.1%} converged",
+        f"run folder       {folder}",
+    ]
+    assert "epoch 2/2" in done.stderr and "loss=" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_folder_holds_everything(run):
+    folder, _ = run
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == [
+        "checkpoint/config.json",
+        "checkpoint/model.safetensors",
+        "config.yaml",
+        "figures/gram.png",
+        "figures/residual.png",
+        "figures/training.png",
+        "manifest.json",
+        "metrics.jsonl",
+        "results.json",
+    ]
+    assert parse(["--config", str(folder / "config.yaml")]) == parse(["--output", str(folder), *DEFAULT])
+
+
+def test_metrics_have_a_line_for_every_epoch_from_the_initial_model_on(run):
+    records = lines_of(run[0])
+    assert [record["epoch"] for record in records] == [0, 1, 2]
+    assert [record["train_loss"] is None for record in records] == [True, False, False]
+    for record in records:
+        assert set(record["val"]) == set(record["train"]) == {"overall", "majority", "minority"}
+        assert record["collapse"]["nc1"] > 0 and 1 <= record["solver"]["mean_steps"] <= 9
+    # Cosine with a warmup of one epoch of 12 updates: the last update of each epoch.
+    assert records[1]["lr"] == pytest.approx(1e-4 + (0.1 - 1e-4) * 11 / 12)
+    assert records[2]["lr"] == pytest.approx(0.05 * (1 + math.cos(math.pi * 23 / 24)))
+
+
+def test_the_manifest_is_the_two_group_protocol_on_what_validation_leaves(run):
+    manifest = Manifest.load(run[0] / "manifest.json")
+    labels = np.array(digits()["train"]["label"])
+    sizes = np.bincount(labels)
+    assert manifest.counts == [(sizes - np.round(sizes / 10)).min() // (1 if k < 3 else 10) for k in range(10)]
+    assert np.bincount(labels[manifest.indices]).tolist() == manifest.counts
+    assert np.bincount(labels[manifest.validation]).tolist() == np.round(sizes / 10).tolist()
+    assert not set(manifest.indices) & set(manifest.validation)
+
+
+def test_the_checkpoint_reloads_and_scores_what_was_reported(run):
+    folder, _ = run
+    results = json.loads((folder / "results.json").read_text())
+    net = timm.create_model(f"local-dir:{folder / 'checkpoint'}", pretrained=True).eval()
+    assert net.layer4.equilibrium.solver.tol == 2e-3
+    assert sum(p.numel() for p in net.parameters()) == results["parameters"]
+
+    test = digits()["test"]
+    right = logits_of(net, test, range(len(test)))[1].argmax(1).numpy() == np.array(test["label"])
+    groups = {"overall": range(10), "majority": range(3), "minority": range(3, 10)}
+    for name, classes in groups.items():
+        assert results["test"][name] == pytest.approx(right[np.isin(test["label"], list(classes))].mean(), abs=1e-9)
+    per_class = [right[np.array(test["label"]) == k].mean() for k in range(10)]
+    assert list(results["test_per_class"].values()) == pytest.approx(per_class)
+    assert results["images"]["test"] == len(test)
+
+
+def test_collapse_is_measured_on_the_training_images_as_they_are(run):
+    folder, _ = run
+    results = json.loads((folder / "results.json").read_text())
+    manifest = Manifest.load(folder / "manifest.json")
+    net = timm.create_model(f"local-dir:{folder / 'checkpoint'}", pretrained=True).eval()
+    features = logits_of(net, digits()["train"], manifest.indices)[0].numpy()
+    labels = np.array(digits()["train"]["label"])[manifest.indices]
+    means = np.stack([features[labels == k].mean(0) for k in range(10)])
+    within = np.mean([np.cov(features[labels == k].T, bias=True) for k in range(10)], axis=0)
+    between = np.cov(means.T, bias=True)
+    nc1 = np.trace(within @ np.linalg.pinv(between, rcond=1e-8, hermitian=True)) / 10
+    assert results["collapse"]["nc1"] == pytest.approx(nc1, rel=1e-3)
+    assert results["collapse"]["samples"] == len(labels)
+
+
+def test_a_run_folder_that_exists_is_not_touched(run, capsys):
+    folder, _ = run
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert main(["--output", str(folder)]) == 2
+    assert capsys.readouterr().err == f"error: output {str(folder)!r} exists; allowed: a folder that does not\n"
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def assert_equal_numbers(left, right, tolerance):
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        if isinstance(value, dict):
+            assert_equal_numbers(value, right[key], tolerance)
+        elif isinstance(value, float):
+            assert value == pytest.approx(right[key], rel=tolerance, abs=tolerance), key
+        else:
+            assert value == right[key], key
+
+
+# A model without BatchNorm, whose gradient is a mean over images, so that it cannot depend on how a batch is cut.
+VIT = "--model test_vit --model_args.img_size 32 --epochs 1 --lr 0.02 --batch_size 37 --probe_every 0".split()
+
+
+def outcome(folder):
+    """What an epoch of training did: its loss, and the collapse it led to."""
+    record = lines_of(folder)[-1]
+    return [record["train_loss"], record["collapse"]["nc1"], record["collapse"]["nc3"], record["lr"]]
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vit") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        assert main(["--output", str(folder), *VIT]) == 0
+    return outcome(folder)
+
+
+def test_accumulated_batches_train_like_whole_ones(vit, tmp_path):
+    assert main(["--output", str(tmp_path / "x"), *VIT, "--gradient_accumulation_steps", "3"]) == 0
+    assert outcome(tmp_path / "x") == pytest.approx(vit, rel=1e-4)
+
+
+def on_two_ranks(folder, *words):
+    done = launch("--output", str(folder), *words, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "results.json").read_text())["ranks"] == 2
+    assert done.stdout.count("test accuracy") == 1  # by the main process alone
+
+
+@pytest.mark.ddp
+def test_two_ranks_measure_what_one_does(run, tmp_path):
+    on_two_ranks(tmp_path / "two", *DEFAULT, "--epochs", "1")
+    one, two = lines_of(run[0])[0], lines_of(tmp_path / "two")[0]  # the initial model, the same in both
+    assert_equal_numbers(two["collapse"], one["collapse"], 1e-10)
+    assert_equal_numbers(two["solver"], one["solver"], 1e-10)
+    for key in ("val", "train"):
+        assert two[key] == one[key]
+    assert (tmp_path / "two" / "manifest.json").read_bytes() == (run[0] / "manifest.json").read_bytes()
+
+
+@pytest.mark.ddp
+def test_two_ranks_train_like_one(vit, tmp_path):
+    on_two_ranks(tmp_path / "two", *VIT, "--gradient_accumulation_steps", "2")
+    assert outcome(tmp_path / "two") == pytest.approx(vit, rel=1e-4)
+
+
+SMALL = "--model test_resnet --img_size 32 --crop_pct 1 --epochs 2 --probe_every 0".split()
+
+
+def test_an_explicit_model_has_no_evaluations_and_best_is_chosen_by_validation(tmp_path, capsys):
+    folder = tmp_path / "x"
+    words = (
+        "--select best --imbalance balanced --sampler class_balanced --ema_decay 0.9 --clip_grad 1 --lr 0.02".split()
+    )
+    assert main(["--output", str(folder), *SMALL, *words]) == 0
+    out = capsys.readouterr().out
+    assert "evaluations      -\n" in out and "majority" not in out
+    results, records = json.loads((folder / "results.json").read_text()), lines_of(folder)
+    val = [record["val"]["overall"] for record in records]
+    assert results["selected"] == {"by": "best", "epoch": int(np.argmax(val))}
+    assert not (folder / "figures" / "residual.png").exists()
+    net = timm.create_model(f"local-dir:{folder / 'checkpoint'}", pretrained=True).eval()
+    test = digits()["test"]
+    right = logits_of(net, test, range(len(test)))[1].argmax(1) == torch.tensor(test["label"])
+    assert right.double().mean().item() == pytest.approx(results["test"]["overall"], abs=0.002)
+
+
+def test_the_initial_model_is_measured_without_training(tmp_path):
+    assert main(["--output", str(tmp_path / "x"), *SMALL, "--epochs", "0", "--val_fraction", "0"]) == 0
+    (record,) = lines_of(tmp_path / "x")
+    assert "val" not in record and record["collapse"]["samples"] == 3 * 116 + 7 * 11
+    torch.manual_seed(0)
+    initial = timm.create_model("test_resnet", num_classes=10)
+    saved = load_file(tmp_path / "x" / "checkpoint" / "model.safetensors")
+    assert all(torch.equal(value, saved[key]) for key, value in initial.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--modle resnet18", "unrecognized arguments: --modle resnet18 (did you mean 'model'?)"),
+        ("--model resnet8", "model 'resnet8' is unknown (did you mean "),
+        ("--model_args.tool 1", "model 'deq_resnet8_cifar' cannot be built with model_args {'tool': 1}: "),
+        ("--model_args.solver newton", "newton"),
+        ("--dataset org/nothing", "dataset 'org/nothing' cannot be opened: "),
+        ("--dataset ./nothing", "dataset './nothing' is not a folder"),
+        ("--label_column digit", "label_column 'digit' is not in the data set; columns: 'image', 'label'"),
+        ("--test_split validation", "test_split 'validation' is not in the data set; allowed: 'train', 'test'"),
+        ("--majority 11", "majority (K_A) is 11; allowed: 0 to 10"),
+        ("--ratio 0.5", "ratio (R) is 0.5; allowed: 1 or more"),
+        ("--ratio 1000", "ratio (R) is 1000, which leaves a minority class empty; allowed: 1 to 104"),
+        (
+            "--batch_size 1 --gradient_accumulation_steps 2",
+            "batch_size 1 gives batches of 1 images; allowed: 2 or more",
+        ),
+        ("--model_args.in_chans 2", "the model takes images of 2 channels; allowed: 1 or 3"),
+        ("--mean [0.5,0.5]", "mean must have one value or 3 values, got 2"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_and_leave_nothing(tmp_path, capsys, words, message):
+    assert main(["--output", str(tmp_path / "runs" / "x"), *words.split()]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert out == "" and not list(tmp_path.iterdir())
+
+
+def test_the_launcher_passes_the_mistake_on(tmp_path):
+    done = launch("--output", str(tmp_path / "x"), "--ratio", "1000")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ratio (R) is 1000")]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        ("--lr 1e30 --log_every 5", "epoch 1, updates 1 to 5 of 12"),  # the loss shows it
+        ("--lr 1e38 --batch_size 1000 --warmup_epochs 0", "epoch 1, updates 1 to 1 of 1"),  # only the weights do
+    ],
+)
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, capsys, words, where):
+    folder = tmp_path / "x"
+    assert main(["--output", str(folder), *SMALL, "--probe_every", "1", *words.split()]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("error: ") and where in err
+    assert err.endswith(f"last good checkpoint: {folder / 'checkpoint'} (epoch 0)")
+    weights = load_file(folder / "checkpoint" / "model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+    assert len(lines_of(folder)) == 1 and not (folder / "results.json").exists()
+
+
+def test_a_corrupt_image_is_named(tmp_path, capsys):
+    whole = digits()
+    train = whole["train"].cast_column("image", datasets.Image(decode=False))
+    damaged = {"bytes": b"not a picture", "path": None}
+    content = {"image": [*train["image"][:400], damaged], "label": [*train["label"][:400], 0]}
+    broken = datasets.Dataset.from_dict(content, features=whole["train"].features)
+    datasets.DatasetDict(train=broken, test=whole["test"]).save_to_disk(tmp_path / "data")
+    # Seed 1 draws the damaged image, which the manifest confirms.
+    words = ["--dataset", str(tmp_path / "data"), "--val_fraction", "0", "--imbalance", "balanced", "--seed", "1"]
+    assert main(["--output", str(tmp_path / "x"), *SMALL, *words]) == 2
+    assert 400 in Manifest.load(tmp_path / "x" / "manifest.json").indices
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: image 400 of split 'train' cannot be decoded: ")
