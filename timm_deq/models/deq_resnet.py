@@ -37,8 +37,8 @@ class ResidualCell(nn.Module):
     """The equilibrium cell: a residual block of two 3x3 convolutions, or a bottleneck of three, with input injection.
 
     Its normalisation is by groups, because a batch statistic would make one sample's fixed point depend on another's
-    and change from step to step. The last normalisation of the residual branch starts at `BRANCH_GAIN`: the Jacobian's
-    spectral radius at initialisation is then about 0.75 at any width, where a gain of 1 gives 0.97.
+    and change from step to step. The last normalisation of the residual branch starts at `BRANCH_GAIN`: the untrained
+    Jacobian then has a spectral radius below 0.8 at any width, where a gain of 1 gives nearly 1 (`recipes/LOG.md`).
 
     Args:
         channels: Channels of the state.
