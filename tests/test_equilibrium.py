@@ -96,6 +96,12 @@ def test_low_precision_in_low_precision_out():
     assert x.grad.dtype == torch.bfloat16 and x.grad.isfinite().all()
 
 
+def test_a_frozen_model_leaves_no_tape():
+    layer = Equilibrium(Affine()).requires_grad_(False)
+    assert not layer(torch.ones(1, 2)).requires_grad
+    assert layer(torch.ones(1, 2, requires_grad=True)).requires_grad
+
+
 def test_deepcopy_and_state_dict():
     layer = Equilibrium(Affine(0.3), solver=Picard(), gradient=Phantom())
     x = torch.ones(1, 2)

@@ -41,6 +41,7 @@ def test_compile_whole_in_eval(solver):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")  # by inductor itself
 def test_inductor_in_eval():
     net = model()
     with torch.no_grad():

@@ -56,7 +56,7 @@ class Equilibrium(nn.Module):
             z0 = self.initial_state(x)
         f = partial(self.cell, x=x)
         trace = [] if self._solution_hooks else None
-        differentiable = torch.is_grad_enabled()
+        differentiable = torch.is_grad_enabled() and self._requires_grad(x)
         with torch.set_grad_enabled(differentiable and self.gradient.records_solve), self._cached_weights():
             solution = fixed_point(f, z0, self.solver, trace=trace)
         if trace is not None:
@@ -85,6 +85,11 @@ class Equilibrium(nn.Module):
 
     def _report_backward(self, solution: Solution) -> None:
         self._report("backward", solution, [])
+
+    def _requires_grad(self, x: Tensor) -> bool:
+        """Whether anything that the cell depends on wants a gradient: a frozen model is to leave no tape."""
+        weights = any(p.requires_grad for p in self.cell.parameters())
+        return weights or isinstance(x, torch.fx.Proxy) or x.requires_grad
 
     def _cached_weights(self) -> AbstractContextManager:
         parametrized = any(parametrize.is_parametrized(m) for m in self.cell.modules())
