@@ -54,10 +54,11 @@ def test_a_warm_start_saves_evaluations():
     assert log.steps.tolist()[2:] == [1, 1] and log.steps[0] > 10
 
 
-def test_weights_are_computed_once_per_solve_and_keep_their_gradient():
+@pytest.mark.parametrize("gradient", [Implicit(Anderson(1e-10, 100)), Phantom(5)])
+def test_weights_are_computed_once_per_solve_and_keep_their_gradient(gradient):
     cell, x = cell_and_input("attention")
     parametrize.register_parametrization(cell.qkv, "weight", counted := Doubled())
-    layer = Equilibrium(cell, gradient=Implicit(Anderson(1e-10, 100)))
+    layer = Equilibrium(cell, gradient=gradient)
     counted.calls = 0
     layer(x).sum().backward()
     assert counted.calls == 2  # off the tape for the solve, on it for the gradient

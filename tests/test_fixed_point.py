@@ -154,6 +154,17 @@ def test_trace_is_the_residual_after_each_evaluation():
     torch.testing.assert_close(torch.cat(trace), torch.tensor([1.0, 0.5, 0.1]))  # leaves after the third
 
 
+def test_no_nan_enters_the_trace():
+    trace = []
+    fixed_point(
+        lambda z: torch.where(z > 5, torch.nan, 1.0),
+        torch.zeros(1, 1),
+        Scripted(1e-6, 3, points=((7.0,),)),
+        trace=trace,
+    )
+    torch.testing.assert_close(torch.cat(trace), torch.tensor([1.0, 1.0]))
+
+
 @pytest.mark.parametrize(
     ("f", "z0", "message"),
     [

@@ -106,6 +106,13 @@ def test_broyden_satisfies_the_secant_condition():
         previous, z = z, z_next
 
 
+def test_broyden_falls_back_to_a_picard_step():
+    z, fz = torch.zeros(1, 3), torch.ones(1, 3)
+    infinite = torch.full((1, 2, 3), torch.inf)
+    z_next, _ = Broyden(memory=2).update(z, fz, (infinite, infinite, z - 1, fz, 2))
+    assert torch.equal(z_next, fz)
+
+
 @pytest.mark.parametrize("solver", [Anderson(memory=4), Broyden(memory=4)])
 def test_memory_does_not_grow(solver):
     f = Linear()

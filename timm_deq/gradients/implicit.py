@@ -66,7 +66,7 @@ class _ImplicitFunction(torch.autograd.Function):
         # Per sample to unit size, so that no loss scale drives squared norms out of the range of float32.
         g = g.to(torch.promote_types(g.dtype, torch.float32))
         scale = torch.linalg.vector_norm(g.flatten(1), ord=float("inf"), dim=1)
-        scale = torch.where((scale > 0) & scale.isfinite(), scale, 1).view(-1, *[1] * (g.ndim - 1))
+        scale = torch.where(scale > 0, scale, 1).view(-1, *[1] * (g.ndim - 1))
         g = g / scale
 
         def transposed(u: Tensor) -> Tensor:
