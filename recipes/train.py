@@ -3,7 +3,7 @@
     accelerate launch recipes/train.py --output runs/digits
 
 trains a small deep equilibrium network on handwritten digits, three classes of which have ten times as many images as
-the others: one to two minutes on 2 CPU cores. `--model_args.equilibrium false` trains its explicit twin, `--imbalance
+the others: two to three minutes on 2 CPU cores. `--model_args.equilibrium false` trains its explicit twin, `--imbalance
 balanced` on equally many images of each class, `--config recipes/presets/cifar10_two_group.yaml` on CIFAR-10; `--help`
 lists everything. Devices, ranks and precision are chosen by `accelerate launch` or `torchrun`.
 

@@ -4,8 +4,7 @@ import json
 import pytest
 import timm
 import torch
-from timm.models import push_to_hf_hub  # noqa: F401  the public way to the Hub, which save_for_hf serves
-from timm.models._hub import save_for_hf
+from timm.models import save_for_hf
 from timm.utils import ModelEmaV3
 
 import timm_deq
@@ -213,5 +212,5 @@ def test_layers_group_by_depth():
     assert depths == sorted(set(depths))
 
 
-def test_version_is_importable():
+def test_every_public_name_is_importable():
     assert set(timm_deq.__all__) <= set(dir(timm_deq))

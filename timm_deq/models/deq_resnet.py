@@ -38,7 +38,7 @@ class ResidualCell(nn.Module):
 
     Its normalisation is by groups, because a batch statistic would make one sample's fixed point depend on another's
     and change from step to step. The last normalisation of the residual branch starts at `BRANCH_GAIN`: the untrained
-    Jacobian then has a spectral radius below 0.8 at any width, where a gain of 1 gives nearly 1 (`recipes/LOG.md`).
+    Jacobian then has a spectral radius below 0.8 (64 and 512 channels), where a gain of 1 gives 1 (`recipes/LOG.md`).
 
     Args:
         channels: Channels of the state.
