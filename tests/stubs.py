@@ -1,11 +1,16 @@
 """Stub solvers and maps, which test the loop alone."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from timm_deq.solvers import Solver
+
+
+class Step(NamedTuple):
+    number: int
 
 
 @dataclass(frozen=True)
@@ -14,12 +19,12 @@ class Scripted(Solver):
 
     points: tuple[tuple[float, ...], ...] = ()
 
-    def init(self, z: Tensor) -> int:
-        return 0
+    def init(self, z: Tensor) -> Step:
+        return Step(0)
 
-    def update(self, z: Tensor, fz: Tensor, state: int) -> tuple[Tensor, int]:
-        column = torch.tensor([sample[min(state, len(sample) - 1)] for sample in self.points], dtype=z.dtype)
-        return column.unsqueeze(1).expand_as(z).clone(), state + 1
+    def update(self, z: Tensor, fz: Tensor, state: Step, active: Tensor) -> tuple[Tensor, Step]:
+        column = torch.tensor([sample[min(state.number, len(sample) - 1)] for sample in self.points], dtype=z.dtype)
+        return column.unsqueeze(1).expand_as(z).clone(), Step(state.number + 1)
 
 
 class Counted:

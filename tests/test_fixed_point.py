@@ -1,12 +1,14 @@
+import sys
+
 import pytest
 import torch
 from problems import Linear
 from stubs import Counted, Scripted
 from torch.overrides import TorchFunctionMode
 
-from timm_deq import Anderson, Broyden, Picard, Status, fixed_point
+from timm_deq import Anderson, Broyden, Picard, ReversibleIteration, Status, fixed_point
 
-SOLVERS = [Picard, Anderson, Broyden]
+SOLVERS = [Picard, Anderson, Broyden, ReversibleIteration]
 
 
 def one(z):
@@ -69,8 +71,9 @@ def test_leaving_early_and_running_on_give_the_same_numbers(solver):
     f = Linear(batch=5, radius=0.6)
     early = fixed_point(f, f.z0, solver(1e-4, 40, check_every=1))
     late = fixed_point(counted := Counted(f), f.z0, solver(1e-4, 40, check_every=1000))
-    assert len(counted.inputs) == 40 and early.steps.max() < 30
-    assert all(torch.equal(a, b) for a, b in zip(early, late, strict=True))
+    assert len(counted.inputs) == 40 and early.steps.max() < 40
+    assert all(torch.equal(a, b) for a, b in zip(early[:4], late[:4], strict=True))
+    assert early.evaluations.tolist() == [early.steps.max()] * 5 and late.evaluations.tolist() == [40] * 5
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -95,12 +98,19 @@ def test_a_sample_does_not_depend_on_its_company(solver):
 
 
 @pytest.mark.parametrize("check_every", [1, 3])
-def test_the_host_is_asked_every_check_every_steps(check_every):
+def test_the_host_is_asked_every_check_every_steps(check_every, monkeypatch):
+    for module in (
+        "timm_deq.fixed_point",
+        "timm_deq.solvers.base",
+        "timm_deq.solvers.anderson",
+    ):  # as if the values were on an accelerator
+        monkeypatch.setattr(sys.modules[module], "asking_is_free", lambda z: False)
+
     class CountQuestions(TorchFunctionMode):
         asked = 0
 
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            self.asked += func in (torch.Tensor.__bool__, torch.Tensor.item, torch.Tensor.tolist)
+            self.asked += func.__name__ in ("__bool__", "__int__", "item", "tolist")
             return func(*args, **(kwargs or {}))
 
     f = Linear(radius=0.99)
@@ -148,6 +158,52 @@ def test_an_empty_batch():
         assert solution.value.shape == (0, 3, 2) and solution.steps.shape == (0,)
 
 
+class Mixed(Linear):
+    """Samples of different speed: the map of sample i contracts by `radii[i]`."""
+
+    def __init__(self, rows=None):
+        super().__init__(batch=8, size=5)
+        self.radii = torch.tensor([0.3, 0.9, 0.5, 0.1, 0.95, 0.3, 0.8, 0.2], dtype=torch.float64).unsqueeze(1)
+        if rows is not None:
+            self.radii, self.b = self.radii[rows], self.b[rows]
+
+    def __call__(self, z):
+        return self.radii / self.radius * (z @ self.A.T) + self.b
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("settings", [{}, {"check_every": 3}, {"max_steps": 30}])
+def test_samples_that_have_finished_are_set_aside(solver, settings):
+    solver = solver(**{"tol": 1e-6, "max_steps": 60, **settings})
+    f = Mixed()
+    trace, gathered_trace, sizes = [], [], []
+    expected = fixed_point(f, f.z0, solver, trace=trace)
+
+    def restrict(rows):
+        sizes.append(len(rows))
+        return Mixed(rows)
+
+    solution = fixed_point(f, f.z0, solver, restrict=restrict, trace=gathered_trace)
+    torch.testing.assert_close(solution.value, expected.value, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(solution.residual, expected.residual, rtol=1e-4, atol=0)
+    assert torch.equal(solution.steps, expected.steps) and torch.equal(solution.status, expected.status)
+    torch.testing.assert_close(torch.stack(gathered_trace), torch.stack(trace), rtol=1e-4, atol=1e-12)
+    # Never more than three quarters of what was there before; and the work is what it says.
+    assert all(after <= 0.75 * before for before, after in zip([8, *sizes], sizes, strict=False)) and sizes
+    assert (solution.evaluations >= solution.steps).all()
+    assert solution.evaluations.sum() < expected.evaluations.sum()
+
+
+def test_the_evaluations_spent_are_counted():
+    f, calls = Mixed(), []
+
+    def counted(g):
+        return lambda z: calls.append(len(z)) or g(z)
+
+    solution = fixed_point(counted(f), f.z0, Picard(1e-6, 60), restrict=lambda rows: counted(Mixed(rows)))
+    assert solution.evaluations.sum() == sum(calls) and len(set(calls)) > 2
+
+
 def test_trace_is_the_residual_after_each_evaluation():
     trace = []
     fixed_point(one, torch.zeros(1, 1), Scripted(0.2, 5, points=((1.5, 0.9, 7.0),)), trace=trace)
@@ -171,6 +227,12 @@ def test_no_nan_enters_the_trace():
         (one, torch.zeros(3), r"z0 must be a floating-point tensor .* got torch.float32 \(3,\)"),
         (one, torch.zeros(3, 2, dtype=torch.long), "z0 must be .* got torch.int64"),
         (lambda z: z[:, :1], torch.zeros(3, 2), r"f must keep the shape of its input, \(3, 2\), got \(3, 1\)"),
+        (
+            lambda z: z.double(),
+            torch.zeros(3, 2),
+            "f must keep the dtype of its input, .*32, got torch.float64",
+        ),
+        (lambda z: z.to("meta"), torch.zeros(3, 2), "f must keep the device of its input, cpu, got meta"),
     ],
 )
 def test_bad_input(f, z0, message):

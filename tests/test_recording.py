@@ -1,6 +1,7 @@
 """The programs that record a model, rather than run it, give the eager numbers."""
 
 import io
+from dataclasses import replace
 
 import onnxruntime
 import pytest
@@ -11,11 +12,12 @@ from timm.models import get_notrace_modules
 from torch import fx
 
 import timm_deq
-from timm_deq import Equilibrium
+from timm_deq import Anderson, Broyden, Equilibrium, Picard, ReversibleIteration, SolveLog
 
 # Histories of two in four steps: full, and written over.
 SOLVERS = [{"solver": "picard"}, {"solver": "anderson", "memory": 2}, {"solver": "broyden", "memory": 2}]
-SLOW_BUT_ONE = [SOLVERS[1], *(pytest.param(solver, marks=pytest.mark.slow) for solver in (SOLVERS[0], SOLVERS[2]))]
+SOLVERS += [{"solver": "reversible"}]
+SLOW_BUT_ONE = [SOLVERS[1], *(pytest.param(s, marks=pytest.mark.slow) for s in SOLVERS if s["solver"] != "anderson")]
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -84,6 +86,53 @@ def test_export(solver):
     with torch.no_grad():
         program = torch.export.export(net, (IMAGES,))
         assert_close(program.module()(IMAGES), net(IMAGES))
+
+
+class RotatingCell(torch.nn.Module):
+    """`f(z, x) = 0.8 Q z + x` with an orthogonal Q."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(5, 5)
+        torch.nn.utils.parametrizations.orthogonal(self.linear)
+
+    def forward(self, z, x):
+        return 0.8 * self.linear(z) + x
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(memory=3), Broyden(memory=3), ReversibleIteration()])
+def test_an_exported_while_loop_leaves_early(solver):
+    torch.manual_seed(0)
+    solver = replace(solver, tol=1e-4, max_steps=2000)
+    cell, x = RotatingCell(), torch.randn(4, 5)
+    eager = Equilibrium(cell, solver=solver).eval()
+    with SolveLog(eager) as log, torch.no_grad():
+        expected = eager(x)
+        layer = Equilibrium(cell, solver=replace(solver, while_loop=True)).eval()
+        program = torch.export.export(layer, (x,)).module()
+        periods = []
+        program.while_loop_body_graph_0.register_forward_hook(lambda *_: periods.append(1))
+        assert_close(program(x), expected)
+    evaluations = solver.period + 1 + len(periods) * solver.period  # before the loop, and in it
+    assert len(periods) > 2 and 0 <= evaluations - log.steps.max() < solver.period
+
+
+@pytest.mark.parametrize("max_steps", [1, 3, 4, 5, 6, 9])
+def test_a_while_loop_keeps_to_its_budget(max_steps):
+    """Whether the budget ends before the loop, in it, or between two of its periods."""
+    torch.manual_seed(0)
+    cell, x = RotatingCell(), torch.randn(4, 5)
+    for solver in (Anderson(1e-30, max_steps, memory=2), Broyden(1e-30, max_steps, memory=2)):
+        loop = Equilibrium(cell, solver=replace(solver, while_loop=True)).eval()
+        with torch.no_grad():
+            exported = torch.export.export(loop, (x,)).module()
+            assert_close(exported(x), Equilibrium(cell, solver=solver).eval()(x))
+
+
+def test_a_while_loop_compiles():
+    net = model(while_loop=True, memory=2)
+    with torch.no_grad():
+        assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(IMAGES), net(IMAGES))
 
 
 # The exporter touches names that copyreg and its own dependencies have deprecated.

@@ -1,24 +1,31 @@
 """The equilibrium layer: a cell, a solver that finds its fixed point, a gradient that differentiates it."""
 
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from timm_deq.fixed_point import fixed_point
+from timm_deq.dropout import one_mask_per_solve
+from timm_deq.fixed_point import Map, fixed_point
 from timm_deq.gradients.base import Gradient
 from timm_deq.gradients.implicit import Implicit
 from timm_deq.solution import Solution
 from timm_deq.solvers.anderson import Anderson
-from timm_deq.solvers.base import Solver, autocasts
+from timm_deq.solvers.base import Solver, autocasts, check_at_least, is_static
 
 SolutionHook = Callable[["Equilibrium", str, Solution, list[Tensor]], None]
 """Called with the layer, "forward" or "backward", the solution, and the residuals `(B,)` after each evaluation."""
+
+
+class NonFiniteInputError(ValueError):
+    """The input of an equilibrium is not finite: most often, training has diverged before it."""
 
 
 class Equilibrium(nn.Module):
@@ -28,44 +35,78 @@ class Equilibrium(nn.Module):
 
     Args:
         cell: A module called as `cell(z, x)` that returns the shape of z, treats samples independently, and is one
-            deterministic function for the length of a solve (so: no batch statistics). It may define
-            `initial_state(x)`; otherwise the solve starts from zeros of the shape of x. Parametrised weights
-            (`torch.nn.utils.parametrize`) are computed once per solve.
+            deterministic function for the length of a solve (so: no batch statistics; dropout by
+            :class:`timm_deq.VariationalDropout`). It may define `initial_state(x)`; otherwise the solve starts from
+            zeros of the shape of x. Parametrised weights (`torch.nn.utils.parametrize`) are computed once per solve.
         solver: Finds the equilibrium.
         gradient: Differentiates it.
+        min_steps: If given, training draws the budget of each solve uniformly from `min_steps` to the solver's
+            `max_steps`, so that the model is of use at any number of steps. Programs that are recorded draw nothing.
+        gather: Whether a solve in evaluation goes on with the unfinished samples alone once enough have finished.
+
+    Raises:
+        ValueError: A gradient that the solver does not serve, `min_steps` below 1, or a cell that `fully_shard` has
+            sharded by itself (shard the layer, or the model).
     """
 
-    def __init__(self, cell: nn.Module, *, solver: Solver | None = None, gradient: Gradient | None = None) -> None:
+    def __init__(
+        self,
+        cell: nn.Module,
+        *,
+        solver: Solver | None = None,
+        gradient: Gradient | None = None,
+        min_steps: int | None = None,
+        gather: bool = True,
+    ) -> None:
         super().__init__()
         self.cell = cell
         self.solver = Anderson() if solver is None else solver
         self.gradient = Implicit(self.solver) if gradient is None else gradient
+        self.gradient.check_solver(self.solver)
+        if min_steps is not None:
+            check_at_least("min_steps", min_steps, 1)
+        self.min_steps = min_steps
+        self.gather = gather
         self._solution_hooks: OrderedDict[int, SolutionHook] = OrderedDict()
+        self._refuse_sharded_cell()
 
-    def forward(self, x: Tensor, z0: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, z0: Tensor | None = None, u0: Tensor | None = None) -> Tensor:
         """Solves for the equilibrium.
 
         Args:
             x: The input injected into the cell, `(B, ...)`.
             z0: Where to start; the cell's initial state by default.
+            u0: Where the backward solve of a gradient that has one is to start, of the shape of the equilibrium.
 
         Returns:
             The equilibrium, of the shape and dtype of the initial state.
+
+        Raises:
+            NonFiniteInputError: x is not finite.
+            ValueError: The cell changes the shape, dtype or device of the state.
         """
+        self._refuse_sharded_cell()
+        _check_finite(x)
         if z0 is None:
             z0 = self.initial_state(x)
-        f = partial(self.cell, x=x)
         trace = [] if self._solution_hooks else None
         differentiable = torch.is_grad_enabled() and self._requires_grad(x)
-        with torch.set_grad_enabled(differentiable and self.gradient.records_solve), self._cached_weights():
-            solution = fixed_point(f, z0, self.solver, trace=trace)
-        if trace is not None:
-            self._report("forward", solution, trace)
-        z_star = solution.value.to(z0.dtype)
-        if not differentiable:
-            return z_star
-        with self._cached_weights():  # anew: weights computed off the tape have no derivative
-            return self.gradient.attach(f, z_star, report=self._report_backward if self._solution_hooks else None)
+        with self._weights_once(differentiable):
+            f = self._map(x)
+            if differentiable:
+                self.gradient.check_solver(self.solver)  # either may have been replaced
+                f = self.gradient.prepare(f, self.solver)
+            with torch.set_grad_enabled(differentiable and self.gradient.records_solve):
+                restrict = self._restriction(x, z0) if not (self.training or differentiable) else None
+                solution = fixed_point(f, z0, self._budgeted_solver(x), restrict=restrict, trace=trace)
+            if trace is not None:
+                self._report("forward", solution, trace)
+            z_star = solution.value.to(z0.dtype)
+            if not differentiable:
+                return z_star
+            state = solution.state if self.gradient.needs else None  # histories are not to wait for the backward pass
+            report = self._report_backward if self._solution_hooks else None
+            return self.gradient.attach(f, z_star, state=state, start=u0, report=report)
 
     def initial_state(self, x: Tensor) -> Tensor:
         """Where a solve starts by default: the cell's `initial_state(x)` or zeros, in float32 under autocast."""
@@ -86,14 +127,40 @@ class Equilibrium(nn.Module):
     def _report_backward(self, solution: Solution) -> None:
         self._report("backward", solution, [])
 
+    def _map(self, x: Tensor) -> Map:
+        return one_mask_per_solve(self.cell, partial(self.cell, x=x))
+
+    def _restriction(self, x: Tensor, z0: Tensor) -> Callable[[Tensor], Map] | None:
+        """The map for some samples alone, if samples are to be gathered."""
+        if not self.gather or is_static(x) or len(x) != len(z0):
+            return None
+        return lambda rows: self._map(x.index_select(0, rows))
+
+    def _budgeted_solver(self, x: Tensor) -> Solver:
+        """The solver, with a random budget if this is training and one is wanted."""
+        if self.min_steps is None or not self.training or is_static(x):
+            return self.solver
+        most = self.solver.max_steps
+        drawn = torch.randint(min(self.min_steps, most), most + 1, ())
+        return replace(self.solver, max_steps=int(drawn))
+
     def _requires_grad(self, x: Tensor) -> bool:
         """Whether anything that the cell depends on wants a gradient: a frozen model is to leave no tape."""
         weights = any(p.requires_grad for p in self.cell.parameters())
         return weights or isinstance(x, torch.fx.Proxy) or x.requires_grad
 
-    def _cached_weights(self) -> AbstractContextManager:
-        parametrized = any(parametrize.is_parametrized(m) for m in self.cell.modules())
-        return parametrize.cached() if parametrized else nullcontext()
+    def _refuse_sharded_cell(self) -> None:
+        """FSDP2 would gather it at each evaluation, and ranks that make different numbers of them wait forever."""
+        for name, module in self.cell.named_modules(prefix="cell"):
+            if isinstance(module, FSDPModule):
+                raise ValueError(
+                    f"cell must be sharded as part of its Equilibrium or of a module above, got {name} sharded alone"
+                )
+
+    def _weights_once(self, differentiable: bool) -> AbstractContextManager:
+        """Within it, parametrised weights are not computed again: once serves the solve and its gradient."""
+        parametrized = [m for m in self.cell.modules() if parametrize.is_parametrized(m)]
+        return _computed(parametrized, differentiable) if parametrized else nullcontext()
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript, which knows no solver objects, is given the recorded steps of the solve."""
@@ -101,3 +168,22 @@ class Equilibrium(nn.Module):
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, gradient={self.gradient}"
+
+
+@contextmanager
+def _computed(modules: list[nn.Module], differentiable: bool) -> Iterator[None]:
+    """Computes parametrised weights, on the tape if they are to be differentiated, and holds them."""
+    device = next(p for module in modules for p in module.parameters()).device.type
+    with parametrize.cached():
+        with torch.set_grad_enabled(differentiable), torch.autocast(device, enabled=False):
+            for module in modules:
+                for name in module.parametrizations:  # pyright: ignore[reportGeneralTypeIssues]
+                    getattr(module, name)
+        yield
+
+
+def _check_finite(x: Tensor) -> None:
+    if is_static(x) or not x.numel() or torch.linalg.vector_norm(x.detach(), ord=float("inf")).isfinite():
+        return
+    samples = (~x.detach().flatten(1).isfinite().all(dim=1)).sum().item()
+    raise NonFiniteInputError(f"x must be finite, got NaN or infinity in {samples} of {len(x)} samples")

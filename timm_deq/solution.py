@@ -1,7 +1,7 @@
 """What a solve returns: the state it found, and what is known about it, per sample."""
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -30,9 +30,14 @@ class Solution(NamedTuple):
         residual: `||f(z) - z|| / ||f(z)||` at that iterate, shape `(B,)`; infinite where no evaluation was finite.
         steps: Evaluations of f until the sample was frozen, shape `(B,)`, int64.
         status: A :class:`Status` per sample, shape `(B,)`, int64.
+        evaluations: Evaluations of f spent on the sample, shape `(B,)`, int64: at least `steps`, because a frozen
+            sample is evaluated along with its batch until it is set aside.
+        state: What the solver knows at the end, for the gradients that use it; None if samples were set aside.
     """
 
     value: Tensor
     residual: Tensor
     steps: Tensor
     status: Tensor
+    evaluations: Tensor
+    state: Any = None

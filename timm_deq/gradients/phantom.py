@@ -10,13 +10,12 @@ where the damped iteration contracts. $k = 1$, $\tau = 1$ is Jacobian-free backp
 2022). Its second derivatives are those of the truncated series, with $z^*$ held constant.
 """
 
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
-from timm_deq.gradients.base import Gradient, Report, same_value
-from timm_deq.solvers.base import check_at_least
+from timm_deq.gradients.base import Gradient, Map, Report, same_value
+from timm_deq.solvers.base import State, check_at_least
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,15 @@ class Phantom(Gradient):
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be in (0, 1], got {self.damping!r}")
 
-    def attach(self, f: Callable[[Tensor], Tensor], z_star: Tensor, *, report: Report | None = None) -> Tensor:
+    def attach(
+        self,
+        f: Map,
+        z_star: Tensor,
+        *,
+        state: State | None = None,
+        start: Tensor | None = None,
+        report: Report | None = None,
+    ) -> Tensor:
         z = z_star
         for _ in range(self.steps):
             z = z + self.damping * (f(z) - z)

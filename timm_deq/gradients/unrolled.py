@@ -4,13 +4,13 @@ Exact for the truncated iteration that was run, whatever its residual; its memor
 steps is the solver's `max_steps`, so it is no argument here.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from timm_deq.gradients.base import Gradient, Report
+from timm_deq.gradients.base import Gradient, Map, Report, on_the_tape
+from timm_deq.solvers.base import State
 
 
 @dataclass(frozen=True)
@@ -19,5 +19,13 @@ class Unrolled(Gradient):
 
     records_solve: ClassVar[bool] = True
 
-    def attach(self, f: Callable[[Tensor], Tensor], z_star: Tensor, *, report: Report | None = None) -> Tensor:
-        return z_star
+    def attach(
+        self,
+        f: Map,
+        z_star: Tensor,
+        *,
+        state: State | None = None,
+        start: Tensor | None = None,
+        report: Report | None = None,
+    ) -> Tensor:
+        return on_the_tape(f, z_star)

@@ -7,15 +7,33 @@ $$ z_{k+1} = \sum_i \alpha_i \,\bigl(z_i + \beta F_i\bigr), \qquad
 
 whose solution is $\alpha \propto H^{-1} 1$ with $H = F F^\top + \rho\,\mathrm{diag}(F F^\top)$. The ridge $\rho$ is
 relative to each residual's own length, so the answer depends neither on the scale of $z$ nor on how long the residuals
-were at the start: a ridge relative to the largest would drown the newest, and smallest, ones.
+were at the start: a ridge relative to the largest would drown the newest, and smallest, ones. A sample whose $H$ is too
+bad to be solved takes the damped step $z + \beta F$ and starts its memory anew.
 """
 
 from dataclasses import KW_ONLY, dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from timm_deq.solvers.base import Solver, State, check_at_least, is_static, write
+from timm_deq.solvers.base import Solver, asking_is_free, check_at_least, is_static, select, write
+
+
+class AndersonState(NamedTuple):
+    """What Anderson acceleration knows after an update.
+
+    Attributes:
+        residuals: The last residuals `F`, `(B, m, D)`.
+        images: `z + beta F` of the same iterates, `(B, m, D)`.
+        gram: Products of the residuals, `(B, m, m)`; that of a forgotten one with itself is huge.
+        step: Updates done.
+    """
+
+    residuals: Tensor
+    images: Tensor
+    gram: Tensor
+    step: int
 
 
 @dataclass(frozen=True)
@@ -29,6 +47,7 @@ class Anderson(Solver):
         ridge: Regularisation $\rho$ of the mixture, at least 0.
         mixing: The step $\beta$ along the mixed residual, in (0, 2).
         check_every: See :class:`Solver`.
+        while_loop: See :class:`Solver`.
     """
 
     _: KW_ONLY
@@ -43,42 +62,53 @@ class Anderson(Solver):
         if not 0 < self.mixing < 2:
             raise ValueError(f"mixing must be in (0, 2), got {self.mixing!r}")
 
-    def init(self, z: Tensor) -> State:
-        # Two histories, F and G = z + mixing * F, and the Gram matrix of F, of which each step renews one row.
-        residuals = z.new_zeros((z.shape[0], self.memory, z.shape[1]))
-        gram = z.new_zeros((z.shape[0], self.memory, self.memory))
-        return residuals, torch.zeros_like(residuals), gram, 0
+    @property
+    def period(self) -> int:
+        return self.memory
 
-    def update(self, z: Tensor, fz: Tensor, state: State) -> tuple[Tensor, State]:
+    def init(self, z: Tensor) -> AndersonState:
+        # Products with slots not yet filled are not used; on the tape, even unused ones must be numbers.
+        recorded = is_static(z) or torch.is_grad_enabled()
+        history = z.new_zeros if recorded else z.new_empty
+        shape = (z.shape[0], self.memory, z.shape[1])
+        return AndersonState(history(shape), history(shape), z.new_zeros((*shape[:2], self.memory)), 0)
+
+    def update(self, z: Tensor, fz: Tensor, state: AndersonState, active: Tensor) -> tuple[Tensor, AndersonState]:
         residuals, images, gram, step = state
-        slot, filled = step % self.memory, min(step + 1, self.memory)
+        slot, filled = step % self.memory, step + 1 if step < self.memory else self.memory
         residual = fz - z
         image = fz if self.mixing == 1 else z + self.mixing * residual
         residuals, images = write(residuals, slot, residual), write(images, slot, image)
         # (B, 1, D) @ (B, D, m): on a CPU several times faster than the transposed product
         row = (residual.unsqueeze(1) @ residuals.transpose(1, 2)).squeeze(1)
-        gram = write(write(gram, slot, row).transpose(1, 2), slot, row).transpose(1, 2)
-        state = residuals, images, gram, step + 1
+        gram = write(write(gram, slot, row).mT, slot, row).mT
         if filled == 1:
-            return image, state
-        alpha, usable = self._mixture(gram[:, :filled, :filled], filled)
+            return image, AndersonState(residuals, images, gram, step + 1)
+        matrix = gram[:, :filled, :filled]
+        if torch.is_grad_enabled():  # that of a finished sample may be singular, and its unused derivative NaN
+            matrix = torch.where(active[:, None, None], matrix, torch.eye(filled, dtype=gram.dtype, device=gram.device))
+        alpha = self._mixture(matrix, filled)
+        # Large weights of both signs cancel: half of the digits must be left.
+        eps = torch.finfo(torch.float32 if isinstance(z, fx.Proxy) else z.dtype).eps
+        usable = alpha.abs().sum(dim=1) <= eps**-0.5  # false for NaN
+        if asking_is_free(usable) and bool(usable.all()):
+            mixed = (alpha.unsqueeze(1) @ images[:, :filled]).squeeze(1)
+            return mixed, AndersonState(residuals, images, gram, step + 1)
+        alpha = torch.where(usable.unsqueeze(1), alpha, 0.0)
         mixed = (alpha.unsqueeze(1) @ images[:, :filled]).squeeze(1)
-        return torch.where(usable, mixed, image), state
+        # Residuals of boundless length have no weight: all but the newest are forgotten.
+        older = torch.diag(torch.arange(self.memory, device=z.device) != slot)
+        gram = torch.where(older & ~usable[:, None, None], torch.finfo(torch.float32).max, gram)
+        return select(usable, mixed, image), AndersonState(residuals, images, gram, step + 1)
 
-    def _mixture(self, gram: Tensor, filled: int) -> tuple[Tensor, Tensor]:
-        """The weights `(B, n)` that sum to one for n residuals, and whether they are usable, `(B, 1)`."""
+    def _mixture(self, gram: Tensor, filled: int) -> Tensor:
+        """The weights `(B, n)` that sum to one for n residuals; not finite where the matrix is singular."""
         # Scaled to unit diagonal, the matrix is as well conditioned as the angles between the residuals allow.
-        tiny = torch.finfo(torch.float32).tiny
-        scale = gram.diagonal(dim1=1, dim2=2).clamp_min(tiny).rsqrt()
-        scale = scale / scale.amax(dim=1, keepdim=True)
-        eye = torch.eye(filled, dtype=gram.dtype, device=gram.device)
-        matrix = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
-        diagonal = matrix.diagonal(dim1=1, dim2=2).amax(dim=1).clamp_min(tiny)
-        matrix = matrix / diagonal[:, None, None] + self.ridge * eye
+        scale = gram.diagonal(dim1=1, dim2=2).rsqrt()
+        eye = torch.eye(filled, dtype=torch.bool, device=gram.device)
+        matrix = torch.where(eye, 1 + self.ridge, gram * scale.unsqueeze(1) * scale.unsqueeze(2))
         weights = scale * _solve(matrix, scale, filled)
-        alpha = weights / weights.sum(dim=1, keepdim=True)
-        usable = alpha.isfinite().all(dim=1, keepdim=True)
-        return torch.where(usable, alpha, torch.zeros_like(alpha)), usable
+        return weights / weights.sum(dim=1, keepdim=True)
 
 
 def _solve(matrix: Tensor, rhs: Tensor, n: int) -> Tensor:

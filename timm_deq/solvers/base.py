@@ -6,13 +6,13 @@ lines of algebra on flat states `(B, D)`, one system per row, and rows never mix
 
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 State = Any
-"""What a solver carries from step to step: a tuple of tensors, or nothing."""
+"""What a solver carries from step to step: a NamedTuple of tensors `(B, ...)` and Python integers, or ()."""
 
 
 def check_at_least(name: str, value: float, least: float, *, strictly: bool = False) -> None:
@@ -31,15 +31,23 @@ class Solver(ABC):
         check_every: Evaluations between two questions to the device whether every sample has finished, at least 1. An
             answer costs an accelerator a synchronisation; a late one costs evaluations whose results are thrown away.
             None asks after each evaluation on a CPU and after every fourth elsewhere. The numbers do not depend on it.
+        while_loop: Whether `torch.export` and `torch.compile` record the loop itself, `torch.while_loop`, with its
+            early exit, rather than all `max_steps` steps.
+
+    Attributes:
+        precision: The state is kept in this precision or better.
 
     Raises:
         ValueError: A setting out of its range.
     """
 
+    precision: ClassVar[torch.dtype] = torch.float32
+
     tol: float = 1e-3
     max_steps: int = 20
     _: KW_ONLY
     check_every: int | None = None
+    while_loop: bool = False
 
     def __post_init__(self) -> None:
         check_at_least("tol", self.tol, 0, strictly=True)
@@ -47,13 +55,48 @@ class Solver(ABC):
         if self.check_every is not None:
             check_at_least("check_every", self.check_every, 1)
 
+    @property
+    def period(self) -> int:
+        """Updates after which the integers of a state repeat what they mean, once they have all been reached."""
+        return 1
+
     @abstractmethod
     def init(self, z: Tensor) -> State:
         """The state before the first update, for an initial iterate `(B, D)`."""
 
     @abstractmethod
-    def update(self, z: Tensor, fz: Tensor, state: State) -> tuple[Tensor, State]:
-        """The next iterate `(B, D)` and the next state, from `z` and `fz = f(z)`, both `(B, D)`."""
+    def update(self, z: Tensor, fz: Tensor, state: State, active: Tensor) -> tuple[Tensor, State]:
+        """The next iterate and the next state.
+
+        Args:
+            z: The present iterate, `(B, D)`.
+            fz: `f(z)`, `(B, D)`.
+            state: What the last update, or `init`, left.
+            active: Which samples have not finished, `(B,)`. The iterates of the others are ignored; what their states
+                tell a gradient must not change, or it would depend on how long their batch mates take.
+        """
+
+
+def forget(history: Tensor, rows: Tensor) -> Tensor:
+    """`history` `(B, m, D)` with zeros in the given rows `(B,)`: in place where nobody could notice."""
+    if isinstance(history, fx.Proxy) or torch.is_grad_enabled():
+        return torch.where(rows[:, None, None], 0.0, history)
+    return history.masked_fill_(rows[:, None, None], 0.0)
+
+
+def select(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The given rows `(B,)` of `a`, the others of `b`, both `(B, D)`."""
+    if asking_is_free(rows):  # most often all rows agree, and then nothing need be copied
+        if bool(rows.all()):
+            return a
+        if not bool(rows.any()):
+            return b
+    return torch.where(rows.unsqueeze(1), a, b)
+
+
+def asking_is_free(z: Tensor) -> bool:
+    """Whether a value can be looked at without waiting for a device."""
+    return not is_static(z) and z.device.type == "cpu"
 
 
 def is_static(z: Tensor) -> bool:

@@ -6,15 +6,39 @@ $$ B_k = -I + \sum_i u_i v_i^\top, \qquad
    v^\top = \Delta z^\top B_{k}, \quad u = \frac{\Delta z - B_{k} \Delta g}{v^\top \Delta g}
    \qquad\text{(Sherman-Morrison on the secant condition } B_{k+1} \Delta g = \Delta z\text{)}. $$
 
-The first step is thus a Picard step. When the memory is full, the oldest pair makes room for the newest.
+The first step is thus a Picard step. When the memory is full, all pairs are forgotten: a window that drops the oldest
+one leaves secant conditions unmet, and diverges on maps where the restarted method converges. Of the three products
+with $B$ that the formulas name, two are computed: $B_k \Delta g$ follows from $B_k g_k$, found one step ago.
 """
 
 from dataclasses import KW_ONLY, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from timm_deq.solvers.base import Solver, State, check_at_least, write
+from timm_deq.solvers.base import Solver, check_at_least, forget, select, write
+
+
+class BroydenState(NamedTuple):
+    """What Broyden's method knows after an update.
+
+    Attributes:
+        us: The left factors of the pairs, `(B, memory, D)`; zero in a slot not filled since the
+            last restart.
+        vs: The right factors, likewise.
+        z: The last iterate, `(B, D)`.
+        g: Its residual `f(z) - z`, `(B, D)`.
+        bg: The product of the inverse with it, `(B, D)`.
+        step: Updates done.
+    """
+
+    us: Tensor
+    vs: Tensor
+    z: Tensor
+    g: Tensor
+    bg: Tensor
+    step: int
 
 
 @dataclass(frozen=True)
@@ -24,8 +48,9 @@ class Broyden(Solver):
     Args:
         tol: See :class:`Solver`.
         max_steps: See :class:`Solver`.
-        memory: Rank-one terms kept, at least 1. Costs 2 states of memory each.
+        memory: Rank-one terms collected before a restart, at least 1. Costs 2 states of memory each.
         check_every: See :class:`Solver`.
+        while_loop: See :class:`Solver`.
     """
 
     _: KW_ONLY
@@ -35,34 +60,39 @@ class Broyden(Solver):
         super().__post_init__()
         check_at_least("memory", self.memory, 1)
 
-    def init(self, z: Tensor) -> State:
-        us = z.new_zeros((z.shape[0], self.memory, z.shape[1]))
-        return us, torch.zeros_like(us), z, z, 0
+    @property
+    def period(self) -> int:
+        return self.memory
 
-    def update(self, z: Tensor, fz: Tensor, state: State) -> tuple[Tensor, State]:
-        us, vs, z_last, g_last, step = state
+    def init(self, z: Tensor) -> BroydenState:
+        us = z.new_zeros((z.shape[0], self.memory, z.shape[1]))
+        return BroydenState(us, torch.zeros_like(us), z, z, z, 0)
+
+    def update(self, z: Tensor, fz: Tensor, state: BroydenState, active: Tensor) -> tuple[Tensor, BroydenState]:
+        us, vs, z_last, g_last, bg_last, step = state
         g = fz - z
         if step == 0:
-            return fz, (us, vs, z, g, 1)
-        slot, filled = (step - 1) % self.memory, min(step, self.memory)
+            return fz, BroydenState(us, vs, z, g, -g, 1)
+        slot = (step - 1) % self.memory
+        if slot == 0 and step > 1:
+            us, bg_last = forget(us, active), select(active, -g_last, bg_last)
         dz, dg = z - z_last, g - g_last
-        used = min(step - 1, self.memory)
-        if used == self.memory:  # the oldest pair leaves first, so that the new one satisfies the secant condition
-            us = write(us, slot, torch.zeros_like(z))
-        v = _apply(dz, vs[:, :used], us[:, :used])  # transposed: the roles of u and v change places
-        b_dg = _apply(dg, us[:, :used], vs[:, :used])
-        denominator = (v * dg).sum(dim=1, keepdim=True)
+        v = apply_inverse(dz, vs[:, :slot], us[:, :slot])  # transposed: the roles of u and v change places
+        bg = apply_inverse(g, us[:, :slot], vs[:, :slot])
+        denominator = (v * dg).sum(dim=1)
         # No secant, no update: a vanishing denominator, relative to its factors, would blow the inverse up.
         eps = torch.finfo(torch.float32 if isinstance(z, fx.Proxy) else z.dtype).eps
-        lengths = torch.linalg.vector_norm(v, dim=1, keepdim=True) * torch.linalg.vector_norm(dg, dim=1, keepdim=True)
-        usable = denominator.abs() > eps * lengths
-        u = torch.where(usable, (dz - b_dg) / torch.where(usable, denominator, 1.0), 0.0)
-        us, vs = write(us, slot, u), write(vs, slot, torch.where(usable, v, 0.0))
-        z_next = z - _apply(g, us[:, :filled], vs[:, :filled])
-        finite = z_next.isfinite().all(dim=1, keepdim=True)
-        return torch.where(finite, z_next, fz), (us, vs, z, g, step + 1)
+        lengths = torch.linalg.vector_norm(v, dim=1) * torch.linalg.vector_norm(dg, dim=1)
+        usable = active & (denominator.abs() > eps * lengths)
+        u = (dz - bg + bg_last) / torch.where(usable, denominator, 1.0).unsqueeze(1)
+        u, v = select(usable, u, us[:, slot]), select(usable, v, vs[:, slot])
+        us, vs = write(us, slot, u), write(vs, slot, v)
+        bg = bg + u * (v * g).sum(dim=1, keepdim=True)
+        z_next = z - bg
+        finite = torch.linalg.vector_norm(z_next, dim=1).isfinite()
+        return select(finite, z_next, fz), BroydenState(us, vs, z, g, bg, step + 1)
 
 
-def _apply(x: Tensor, us: Tensor, vs: Tensor) -> Tensor:
+def apply_inverse(x: Tensor, us: Tensor, vs: Tensor) -> Tensor:
     """`(-I + sum_i u_i v_i^T) x` for `x` `(B, D)` and terms `(B, n, D)`."""
     return ((x.unsqueeze(1) @ vs.transpose(1, 2)) @ us).squeeze(1) - x

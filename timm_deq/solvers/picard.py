@@ -20,6 +20,7 @@ class Picard(Solver):
         max_steps: See :class:`Solver`.
         damping: The step $\beta$ taken along the residual, in (0, 2).
         check_every: See :class:`Solver`.
+        while_loop: See :class:`Solver`.
     """
 
     _: KW_ONLY
@@ -33,5 +34,5 @@ class Picard(Solver):
     def init(self, z: Tensor) -> State:
         return ()
 
-    def update(self, z: Tensor, fz: Tensor, state: State) -> tuple[Tensor, State]:
+    def update(self, z: Tensor, fz: Tensor, state: State, active: Tensor) -> tuple[Tensor, State]:
         return (fz if self.damping == 1 else z + self.damping * (fz - z)), state

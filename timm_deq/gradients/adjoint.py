@@ -1,0 +1,97 @@
+r"""What the gradients share that find the adjoint $u = (I - J^\top)^{-1} g$ of a cotangent $g$, exactly or nearly.
+
+f is evaluated once at the equilibrium, on the tape; above it stands an identity whose backward pass replaces $g$ by
+$u$, which f's own backward pass then takes to the parameters.
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from timm_deq.gradients.base import Gradient, Map, Report
+from timm_deq.solution import Solution
+from timm_deq.solvers.base import State
+
+
+class AdjointGradient(Gradient):
+    """A gradient that differs from the others in how it solves the adjoint system alone.
+
+    Where f is recorded by `torch.fx`, which knows no autograd, the recorded steps are differentiated instead.
+    """
+
+    @abstractmethod
+    def solve(self, adjoint: Map, g: Tensor, start: Tensor | None, state: State | None) -> Solution | Tensor:
+        """The adjoint u, or the solution that holds it.
+
+        Args:
+            adjoint: `u -> J^T u + g`, whose fixed point is wanted.
+            g: The cotangent, `(B, ...)`, in float32 or better, scaled to at most one per sample.
+            start: A first guess, in the same scale.
+            state: What the forward solver knew at the end.
+        """
+
+    def attach(
+        self,
+        f: Map,
+        z_star: Tensor,
+        *,
+        state: State | None = None,
+        start: Tensor | None = None,
+        report: Report | None = None,
+    ) -> Tensor:
+        return z_star if isinstance(z_star, fx.Proxy) else self._attach(f, z_star, state, start, report)
+
+    @torch.compiler.disable()  # a nested autograd.grad cannot be compiled: one graph break
+    def _attach(
+        self, f: Map, z_star: Tensor, state: State | None, start: Tensor | None, report: Report | None
+    ) -> Tensor:
+        z = z_star.detach().requires_grad_()
+        fz = f(z)
+        if not fz.requires_grad:  # a constant f: there is nothing to differentiate
+            return z_star
+
+        def solve(adjoint: Map, g: Tensor, scale: Tensor) -> Tensor:
+            first = None if start is None else start.detach().to(g.dtype) / scale
+            solution = self.solve(adjoint, g, first, state)
+            if isinstance(solution, Tensor):
+                return solution * scale
+            u = solution.value * scale
+            if report is not None:
+                report(solution._replace(value=u))
+            return u
+
+        return _Adjoint.apply(fz, z, z_star, solve)
+
+
+class _Adjoint(torch.autograd.Function):
+    """Forward: the value of `z_star`. Backward: hands `u` to `fz`, for a cotangent `g`."""
+
+    @staticmethod
+    def forward(ctx: Any, fz: Tensor, z: Tensor, z_star: Tensor, solve: Any) -> Tensor:
+        ctx.save_for_backward(fz, z)
+        ctx.solve = solve
+        return z_star.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "the gradient of an equilibrium by its adjoint has no second derivative: it would miss how the "
+                'equilibrium moves. Use gradient="unrolled", whose derivatives of every order are those of the steps '
+                "taken."
+            )
+        fz, z = ctx.saved_tensors
+        (g,) = grads
+        # Per sample to unit size, so that no loss scale drives squared norms out of the range of float32.
+        g = g.to(torch.promote_types(g.dtype, torch.float32))
+        scale = torch.linalg.vector_norm(g.flatten(1), ord=float("inf"), dim=1)
+        scale = torch.where(scale > 0, scale, 1).view(-1, *[1] * (g.ndim - 1))
+        g = g / scale
+
+        def adjoint(u: Tensor) -> Tensor:
+            (product,) = torch.autograd.grad(fz, z, u.to(fz.dtype), retain_graph=True, materialize_grads=True)
+            return product.to(u.dtype) + g
+
+        return ctx.solve(adjoint, g, scale).to(fz.dtype), None, None, None
