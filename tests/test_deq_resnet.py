@@ -8,7 +8,21 @@ from timm.models import save_for_hf
 from timm.utils import ModelEmaV3
 
 import timm_deq
-from timm_deq import Anderson, Broyden, Equilibrium, Implicit, Phantom, Picard, SolveLog, Unrolled, set_solver
+from timm_deq import (
+    Anderson,
+    Broyden,
+    Equilibrium,
+    Implicit,
+    Neumann,
+    Phantom,
+    Picard,
+    Reversible,
+    ReversibleIteration,
+    Shine,
+    SolveLog,
+    Unrolled,
+    set_solver,
+)
 
 NAMES = ["deq_resnet18", "deq_resnet18_cifar", "deq_resnet34", "deq_resnet50", "deq_resnet8_cifar"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -81,14 +95,26 @@ def test_the_settings_reach_the_equilibrium():
     assert equilibrium(net).solver == Picard(damping=0.5)
     assert equilibrium(net).gradient == Phantom(2, damping=0.9)
     assert equilibrium(model(gradient="unrolled")).gradient == Unrolled()
+    assert equilibrium(model(gradient="neumann", neumann_terms=3)).gradient == Neumann(3)
+    net = model(solver="broyden", gradient="shine", shine_refine=2)
+    assert equilibrium(net).solver == Broyden(memory=20) and equilibrium(net).gradient == Shine(2)
+    net = model(solver="reversible", damping=0.6, gradient="reversible", min_steps=4, gather=False, while_loop=True)
+    assert equilibrium(net).solver == ReversibleIteration(damping=0.6, while_loop=True)
+    assert equilibrium(net).gradient == Reversible()
+    assert (equilibrium(net).min_steps, equilibrium(net).gather) == (4, False)
+    assert (equilibrium(model()).min_steps, equilibrium(model()).gather) == (None, True)
 
 
 @pytest.mark.parametrize("kind", [True, False])
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"solver": "newton"}, ValueError, "solver must be one of picard, anderson, broyden, got 'newton'"),
-        ({"gradient": "adjoint"}, ValueError, "gradient must be one of implicit, phantom, unrolled, got 'adjoint'"),
+        ({"solver": "newton"}, ValueError, "solver must be one of picard, anderson, broyden, reversible, got 'newton'"),
+        (
+            {"gradient": "adjoint"},
+            ValueError,
+            "gradient must be one of implicit, phantom, neumann, shine, reversible, unrolled, got 'adjoint'",
+        ),
         ({"solver": "picard", "memory": 3}, ValueError, 'memory does not apply to solver="picard"'),
         ({"phantom_steps": 3}, ValueError, 'phantom_steps does not apply to gradient="implicit"'),
         (
@@ -96,6 +122,9 @@ def test_the_settings_reach_the_equilibrium():
             ValueError,
             'backward_tol does not apply to gradient="unrolled"',
         ),
+        ({"gradient": "neumann", "shine_refine": 1}, ValueError, 'shine_refine does not apply to gradient="neumann"'),
+        ({"gradient": "shine"}, ValueError, "solver must be Broyden for the gradient Shine, got Anderson"),
+        ({"min_steps": 0}, ValueError, "min_steps must be at least 1, got 0"),
         ({"tol": -1}, ValueError, "tol must be above 0, got -1"),
         ({"out_norm": "layer"}, ValueError, "out_norm must be one of none, group, batch_relu, got 'layer'"),
         ({"tolerance": 1}, TypeError, "tolerance"),
@@ -153,6 +182,10 @@ def test_set_solver_refuses_and_changes_nothing():
         with pytest.raises(ValueError, match=message):
             set_solver(net, *args, **kwargs)
     assert equilibrium(net).solver == Anderson()
+    net = model(solver="broyden", gradient="shine")
+    with pytest.raises(ValueError, match="solver must be Broyden for the gradient Shine, got Picard"):
+        set_solver(net, "picard")
+    assert equilibrium(net).solver == Broyden(memory=20)
     with pytest.raises(ValueError, match="model must have an Equilibrium layer, got DEQResNet without one"):
         set_solver(model(equilibrium=False), max_steps=3)
 
@@ -214,3 +247,11 @@ def test_layers_group_by_depth():
 
 def test_every_public_name_is_importable():
     assert set(timm_deq.__all__) <= set(dir(timm_deq))
+
+
+def test_dropout_in_the_cell_is_for_training_alone():
+    plain, dropping = model(), model(cell_drop_rate=0.5)
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(IMAGES), dropping.eval()(IMAGES))
+        assert not torch.equal(plain.train()(IMAGES), dropping.train()(IMAGES))
+    assert plain.state_dict().keys() == dropping.state_dict().keys()

@@ -4,27 +4,45 @@
 made of: solvers, gradients and the layer that joins them.
 """
 
-from timm_deq.equilibrium import Equilibrium
+from timm_deq.correction import FixedPointCorrection
+from timm_deq.dropout import VariationalDropout
+from timm_deq.equilibrium import Equilibrium, NonFiniteInputError
 from timm_deq.fixed_point import fixed_point
-from timm_deq.gradients import Gradient, Implicit, Phantom, Unrolled
+from timm_deq.gradients import Gradient, Implicit, Neumann, Phantom, Reversible, Shine, Unrolled
 from timm_deq.log import SolveLog
 from timm_deq.models import set_solver
+from timm_deq.monotone import ForwardBackward, PeacemanRachford
 from timm_deq.solution import Solution, Status
-from timm_deq.solvers import Anderson, Broyden, Picard, Solver
+from timm_deq.solvers import Anderson, Broyden, Picard, ReversibleIteration, Solver
+from timm_deq.spectral import JacobianPenalty, jacobian_penalty, spectral_radius
+from timm_deq.warm_start import WarmStart
 
 __all__ = [
     "Anderson",
     "Broyden",
     "Equilibrium",
+    "FixedPointCorrection",
+    "ForwardBackward",
     "Gradient",
     "Implicit",
+    "JacobianPenalty",
+    "Neumann",
+    "NonFiniteInputError",
+    "PeacemanRachford",
     "Phantom",
     "Picard",
+    "Reversible",
+    "ReversibleIteration",
+    "Shine",
     "Solution",
     "SolveLog",
     "Solver",
     "Status",
     "Unrolled",
+    "VariationalDropout",
+    "WarmStart",
     "fixed_point",
+    "jacobian_penalty",
     "set_solver",
+    "spectral_radius",
 ]

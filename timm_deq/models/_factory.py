@@ -12,11 +12,26 @@ from timm.models._input import update_model_args
 from torch import nn
 
 from timm_deq.equilibrium import Equilibrium
-from timm_deq.gradients import Gradient, Implicit, Phantom, Unrolled
-from timm_deq.solvers import Anderson, Broyden, Picard, Solver
+from timm_deq.gradients import Gradient, Implicit, Neumann, Phantom, Reversible, Shine, Unrolled
+from timm_deq.solvers import Anderson, Broyden, Picard, ReversibleIteration, Solver
+from timm_deq.solvers.base import check_at_least
 
-SOLVERS: dict[str, type[Solver]] = {"picard": Picard, "anderson": Anderson, "broyden": Broyden}
-GRADIENTS: dict[str, type[Gradient]] = {"implicit": Implicit, "phantom": Phantom, "unrolled": Unrolled}
+SOLVERS: dict[str, type[Solver]] = {
+    "picard": Picard,
+    "anderson": Anderson,
+    "broyden": Broyden,
+    "reversible": ReversibleIteration,
+}
+GRADIENTS: dict[str, type[Gradient]] = {
+    "implicit": Implicit,
+    "phantom": Phantom,
+    "neumann": Neumann,
+    "shine": Shine,
+    "reversible": Reversible,
+    "unrolled": Unrolled,
+}
+# What the keywords of a gradient begin with, for those that have any.
+PREFIXES = {"implicit": "backward_", "phantom": "phantom_", "neumann": "neumann_", "shine": "shine_"}
 
 # A traced model keeps its equilibria whole, with their early exit and their gradient.
 register_notrace_module(Equilibrium)
@@ -37,26 +52,28 @@ def create_gradient(name: str, solver: Solver, **settings: Any) -> Gradient:
     """Builds a gradient by name; settings that are None keep the gradient's default.
 
     Args:
-        name: "implicit", "phantom" or "unrolled".
+        name: A key of `GRADIENTS`.
         solver: The forward solver, which the backward solve of "implicit" follows.
-        settings: `backward_tol`, `backward_max_steps` for "implicit"; `phantom_steps`, `phantom_damping` for "phantom".
+        settings: `backward_tol`, `backward_max_steps` for "implicit"; `phantom_steps`, `phantom_damping` for "phantom";
+            `neumann_terms`; `shine_refine`.
 
     Raises:
-        ValueError: An unknown name, a setting that the gradient does not have, or one out of its range.
+        ValueError: An unknown name, a setting that the gradient does not have, one out of its range, or a solver that
+            does not serve the gradient.
     """
     if name not in GRADIENTS:
         raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {name!r}")
-    prefix = {"implicit": "backward_", "phantom": "phantom_"}.get(name, "")
+    prefix = PREFIXES.get(name, "")
     foreign = [key for key, value in settings.items() if value is not None and not (prefix and key.startswith(prefix))]
     if foreign:
         raise ValueError(f'{foreign[0]} does not apply to gradient="{name}"')
     own = {key.removeprefix(prefix): value for key, value in settings.items() if value is not None}
-    if name == "implicit":
-        return Implicit(replace(solver, **own))
-    return GRADIENTS[name](**own)
+    gradient = Implicit(replace(solver, **own)) if name == "implicit" else GRADIENTS[name](**own)
+    gradient.check_solver(solver)
+    return gradient
 
 
-def create_solver_and_gradient(
+def create_equilibrium_args(
     *,
     solver: str = "anderson",
     tol: float = 1e-3,
@@ -66,29 +83,46 @@ def create_solver_and_gradient(
     mixing: float | None = None,
     damping: float | None = None,
     check_every: int | None = None,
+    while_loop: bool | None = None,
+    min_steps: int | None = None,
+    gather: bool = True,
     gradient: str = "implicit",
     backward_tol: float | None = None,
     backward_max_steps: int | None = None,
     phantom_steps: int | None = None,
     phantom_damping: float | None = None,
-) -> tuple[Solver, Gradient]:
-    """The keywords that every DEQ model takes. None stands for the default of the solver or gradient chosen.
+    neumann_terms: int | None = None,
+    shine_refine: int | None = None,
+) -> dict[str, Any]:
+    """The keywords that every DEQ model takes, as arguments of its :class:`Equilibrium`.
+
+    None stands for the default of the solver or gradient chosen.
 
     Args:
-        solver: "anderson", "broyden" or "picard".
+        solver: "anderson", "broyden", "picard" or "reversible".
         tol: Relative residual at which a sample has converged.
         max_steps: Most evaluations of the cell.
-        memory: Iterates that "anderson", or rank-one terms that "broyden" keeps.
+        memory: Iterates that "anderson", or rank-one terms that "broyden" keeps; for "shine" all, if not given.
         ridge: Regularisation of "anderson".
         mixing: Step of "anderson" along the mixed residual.
-        damping: Step of "picard" along the residual.
+        damping: Step of "picard" along the residual, weight of the cell in "reversible".
         check_every: Evaluations between two questions to the device whether all samples have finished.
-        gradient: "implicit", "phantom" or "unrolled".
+        while_loop: Whether exported and compiled programs keep the early exit, as a loop.
+        min_steps: Least budget of a solve in training, if it is to be random.
+        gather: Whether evaluation goes on with the unfinished samples alone.
+        gradient: "implicit", "phantom", "neumann", "shine" (with "broyden"), "reversible" (with "reversible") or
+            "unrolled".
         backward_tol: Tolerance of the backward solve of "implicit"; that of the forward solve by default.
         backward_max_steps: Budget of the backward solve of "implicit"; that of the forward solve by default.
         phantom_steps: Damped steps of "phantom".
         phantom_damping: Weight of the cell in each.
+        neumann_terms: Terms of the series of "neumann".
+        shine_refine: Steps that refine the shared inverse of "shine".
     """
+    if min_steps is not None:
+        check_at_least("min_steps", min_steps, 1)
+    if gradient == "shine" and solver == "broyden" and memory is None:
+        memory = max_steps  # a restart would throw away what the gradient is to share
     chosen = create_solver(
         solver,
         tol=tol,
@@ -98,15 +132,19 @@ def create_solver_and_gradient(
         mixing=mixing,
         damping=damping,
         check_every=check_every,
+        while_loop=while_loop,
     )
-    return chosen, create_gradient(
+    differentiated = create_gradient(
         gradient,
         chosen,
         backward_tol=backward_tol,
         backward_max_steps=backward_max_steps,
         phantom_steps=phantom_steps,
         phantom_damping=phantom_damping,
+        neumann_terms=neumann_terms,
+        shine_refine=shine_refine,
     )
+    return {"solver": chosen, "gradient": differentiated, "min_steps": min_steps, "gather": gather}
 
 
 def create_out_norm(
@@ -144,13 +182,16 @@ def set_solver(model: nn.Module, solver: str | None = None, **settings: Any) -> 
         settings: `tol`, `max_steps` and the other settings of the solver; those not given, or None, stay.
 
     Raises:
-        ValueError: The model has no equilibrium, or a setting is unknown or out of its range.
+        ValueError: The model has no equilibrium, a setting is unknown or out of its range, or the new solver does not
+            serve the gradient.
     """
     layers = [m for m in model.modules() if isinstance(m, Equilibrium)]
     if not layers:
         raise ValueError(f"model must have an Equilibrium layer, got {type(model).__name__} without one")
     given = {key: value for key, value in settings.items() if value is not None}
-    changed = [_changed(layer.solver, solver, given) for layer in layers]  # all valid before any is set
+    changed = [_changed(layer.solver, solver, given) for layer in layers]
+    for layer, new in zip(layers, changed, strict=True):  # all valid before any is set
+        layer.gradient.check_solver(new)
     for layer, new in zip(layers, changed, strict=True):
         if isinstance(layer.gradient, Implicit) and layer.gradient.solver == layer.solver:
             layer.gradient = Implicit(new)

@@ -25,8 +25,9 @@ from timm.models._registry import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_avg, downsample_conv, make_blocks
 from torch import Tensor, nn
 
+from timm_deq.dropout import VariationalDropout
 from timm_deq.equilibrium import Equilibrium
-from timm_deq.models._factory import create_out_norm, create_solver_and_gradient
+from timm_deq.models._factory import create_equilibrium_args, create_out_norm
 
 __all__ = ["DEQResNet"]
 
@@ -45,6 +46,7 @@ class ResidualCell(nn.Module):
         width: Channels between the convolutions.
         bottleneck: 1x1, 3x3, 1x1 convolutions instead of two 3x3.
         num_groups: Groups of each normalisation.
+        drop_rate: Variational dropout of the residual branch.
     """
 
     BRANCH_GAIN = 0.1
@@ -56,6 +58,7 @@ class ResidualCell(nn.Module):
         width: int,
         bottleneck: bool,
         num_groups: int,
+        drop_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -71,6 +74,7 @@ class ResidualCell(nn.Module):
             layers.append(nn.ReLU())
             in_channels = out_channels
         self.branch = nn.Sequential(*layers[:-1])
+        self.drop = VariationalDropout(drop_rate) if drop_rate else nn.Identity()
         self.norm = nn.GroupNorm(num_groups, channels, **dd)
 
     def init_weights(self) -> None:
@@ -80,7 +84,7 @@ class ResidualCell(nn.Module):
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """One step for a state z and an injected input x, both `(B, C, H, W)`."""
-        return self.norm(F.relu(z + self.branch(z) + x))
+        return self.norm(F.relu(z + self.drop(self.branch(z)) + x))
 
 
 class EquilibriumStage(nn.Module):
@@ -124,13 +128,14 @@ class DEQResNet(nn.Module):
         global_pool: Pooling, as timm names it.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth in the explicit stages.
+        cell_drop_rate: Variational dropout in the cell: one mask for each solve. The twin ignores it.
         zero_init_last: Zero-initialise the last normalisation of each explicit residual branch.
         equilibrium: Whether stage 4 is an equilibrium; False builds the explicit twin.
         out_norm: Normalisation before pooling: "none", "group" or "batch_relu".
         num_groups: Groups of every GroupNorm.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
-        solver_args: See :func:`timm_deq.models._factory.create_solver_and_gradient`. The twin checks and ignores them,
+        solver_args: See :func:`timm_deq.models._factory.create_equilibrium_args`. The twin checks and ignores them,
             so that both take the same arguments.
 
     Raises:
@@ -151,6 +156,7 @@ class DEQResNet(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        cell_drop_rate: float = 0.0,
         zero_init_last: bool = True,
         equilibrium: bool = True,
         out_norm: str = "none",
@@ -161,7 +167,7 @@ class DEQResNet(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        solver, gradient = create_solver_and_gradient(**solver_args)
+        equilibrium_args = create_equilibrium_args(**solver_args)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -177,16 +183,8 @@ class DEQResNet(nn.Module):
         self.feature_info = [dict(num_chs=stem_width, reduction=stride, module="act1")]
 
         # Stages: make_blocks counts from a stem of stride 4
-        stages, feature_info = make_blocks(
-            (block,) * 4,
-            channels,
-            layers,
-            stem_width,
-            drop_path_rate=drop_path_rate,
-            act_layer=nn.ReLU,
-            norm_layer=nn.BatchNorm2d,
-            **dd,
-        )
+        block_args = dd | {"drop_path_rate": drop_path_rate, "act_layer": nn.ReLU, "norm_layer": nn.BatchNorm2d}
+        stages, feature_info = make_blocks((block,) * 4, channels, layers, stem_width, **block_args)
         for info in feature_info:
             self.feature_info.append(dict(info, reduction=info["reduction"] // (4 if small_input else 1)))
         self.layer1, self.layer2, self.layer3, self.layer4 = (stage for _, stage in stages)
@@ -203,8 +201,9 @@ class DEQResNet(nn.Module):
             bottleneck = block is Bottleneck
             inject = downsample_avg if bottleneck else downsample_conv
             injection = inject(h0_channels, out_channels, 1 if bottleneck else 3, stride=2, **dd)
-            cell = ResidualCell(out_channels, width=channels[3], bottleneck=bottleneck, num_groups=num_groups, **dd)
-            self.layer4 = EquilibriumStage(injection, Equilibrium(cell, solver=solver, gradient=gradient))
+            cell_args = dd | {"bottleneck": bottleneck, "num_groups": num_groups, "drop_rate": cell_drop_rate}
+            cell = ResidualCell(out_channels, width=channels[3], **cell_args)
+            self.layer4 = EquilibriumStage(injection, Equilibrium(cell, **equilibrium_args))
             _init_weights(self.layer4)
 
     def init_weights(self, zero_init_last: bool = True) -> None:

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from problems import cell_and_input
+
+from timm_deq import Equilibrium, Implicit, Picard, SolveLog, WarmStart
+
+
+def layer_and_views():
+    cell, x = cell_and_input("conv")
+    layer = Equilibrium(cell, solver=Picard(1e-8, 200), gradient=Implicit(Picard(1e-8, 200)))
+    return layer, x, (x + 1e-3 * torch.randn(x.shape, dtype=x.dtype)).detach()
+
+
+def gradient(layer, x):
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad((layer(x) * torch.arange(x.numel()).view_as(x)).sum(), x)[0]
+
+
+def test_a_second_view_takes_fewer_evaluations_and_has_the_same_answer():
+    layer, x, view = layer_and_views()
+    cold = layer(view)
+    with WarmStart(layer), SolveLog(layer) as log:
+        layer(x)
+        warm = layer(view)
+        layer(view[:2])  # another shape: a cold start
+    torch.testing.assert_close(warm, cold, rtol=1e-6, atol=1e-7)
+    first, second, third = log.steps.split([3, 3, 2])
+    assert (second < first - 3).all() and (third >= first[:2] - 1).all()
+    with SolveLog(layer) as log:
+        layer(view)
+    assert torch.equal(log.steps, first) and not layer._solution_hooks and not layer._forward_pre_hooks
+
+
+def test_the_adjoint_starts_from_the_last_too():
+    layer, x, view = layer_and_views()
+    expected = gradient(layer, view)
+    with WarmStart(layer), SolveLog(layer) as log:
+        gradient(layer, x)
+        found = gradient(layer, view)
+    first, second = log.backward_steps.split([3, 3])
+    assert second.sum() < 0.6 * first.sum()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+
+
+def test_a_start_of_the_caller_s_own_and_forgetting():
+    layer, x, view = layer_and_views()
+    with WarmStart(layer) as warm, SolveLog(layer) as log:
+        layer(x)
+        layer(x, z0=torch.zeros_like(x))
+        warm.forget()
+        layer(x)
+    first, given, forgotten = log.steps.split([3, 3, 3])
+    assert torch.equal(first, given) and torch.equal(first, forgotten)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_the_exact_adjoint_as_a_start_is_found_at_once(scale):
+    """Whatever the scale of the loss, which the solve divides out."""
+    layer, x, _ = layer_and_views()
+    reports = []
+    handle = layer.register_solution_hook(lambda _, phase, solution, trace: reports.append((phase, solution)))
+    g = scale * torch.arange(x.numel(), dtype=x.dtype).view_as(x)
+    layer(x).backward(g)
+    layer(x, u0=reports[-1][1].value).backward(g)
+    handle.remove()
+    assert [phase for phase, _ in reports] == ["forward", "backward"] * 2
+    assert reports[1][1].steps.max() > 3 and reports[3][1].steps.max() == 1

@@ -1,0 +1,67 @@
+"""Warm starts: solves that begin where the last ones ended.
+
+For repeated views of one input: augmentations, the frames of a video, the steps of an attack or of an optimisation over
+the input, the epochs of full-batch training. The nearer the views, the fewer the evaluations.
+"""
+
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from timm_deq.equilibrium import Equilibrium
+from timm_deq.solution import Solution
+
+
+class WarmStart:
+    """While open, equilibria of a model start from their last ones, and backward solves from their last adjoints.
+
+    ```python
+    with WarmStart(model):
+        for view in views:  # (B, C, H, W) each, of the same B images
+            model(view)
+    ```
+
+    A solve whose input has another shape than the last, or that is given a `z0`, starts as without. The adjoint serves
+    the gradients that solve for it (:class:`timm_deq.Implicit`, :class:`timm_deq.Shine`).
+
+    Args:
+        model: Any module; all its :class:`Equilibrium` layers are warm-started.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._handles: list[Any] = []
+        self._last: dict[tuple[Equilibrium, str], Tensor] = {}
+
+    def __enter__(self) -> "WarmStart":
+        for layer in self.model.modules():
+            if isinstance(layer, Equilibrium):
+                self._handles += [
+                    layer.register_forward_pre_hook(self._start, with_kwargs=True),
+                    layer.register_solution_hook(self._keep),
+                ]
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.forget()
+
+    def forget(self) -> None:
+        """The next solves start as without: for other images."""
+        self._last.clear()
+
+    def _start(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        assert isinstance(layer, Equilibrium)
+        z, u = self._last.get((layer, "forward")), self._last.get((layer, "backward"))
+        if z is None or len(args) > 1 or kwargs.get("z0") is not None:
+            return None
+        cold = layer.initial_state(args[0] if args else kwargs["x"])
+        if z.shape != cold.shape or z.device != cold.device:
+            return None
+        return args, {"u0": u, **kwargs, "z0": z.to(cold.dtype)}
+
+    def _keep(self, layer: Equilibrium, phase: str, solution: Solution, trace: list[Tensor]) -> None:
+        self._last[layer, phase] = solution.value.detach()
