@@ -1,4 +1,7 @@
-"""What a run leaves on disk. Every file is complete or absent: it is written beside its place, then renamed into it."""
+"""Models, and what a run leaves on disk.
+
+Every file is complete or absent: it is written beside its place, then renamed into it.
+"""
 
 import json
 import math
@@ -8,8 +11,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 from timm.models import save_for_hf
 from torch import nn
+
+from recipes.config import TrainConfig, nearest
+
+
+def create_model(config: TrainConfig, num_classes: int | None) -> nn.Module:
+    """The timm model of a configuration, with as many classes as it was trained for if `num_classes` is None.
+
+    Raises:
+        ValueError: an unknown name, arguments that the model does not take, or weights that cannot be had.
+    """
+    if ":" not in config.model and not timm.is_model(config.model):
+        hint = nearest(config.model, timm.list_models())
+        raise ValueError(f"model {config.model!r} is unknown{hint}; allowed: what timm.list_models() gives")
+    try:
+        return timm.create_model(
+            config.model, pretrained=config.pretrained, num_classes=num_classes, **config.model_args
+        )
+    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+        raise ValueError(
+            f"model {config.model!r} cannot be built with model_args {config.model_args}: {error}"
+        ) from error
+
+
+def new_folder(output: str) -> Path:
+    """The path of a folder to create.
+
+    Raises:
+        ValueError: there is something already.
+    """
+    if os.path.lexists(output):
+        raise ValueError(f"output {output!r} exists; allowed: a folder that does not")
+    return Path(output)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -1,16 +1,246 @@
-"""Accuracy of a classifier, overall, by group and by class, and what its solver did, over all ranks."""
+"""Evaluate a classifier: its accuracy overall, by group and by class, and what its solver did.
 
+    accelerate launch recipes/evaluate.py runs/digits --max-steps 1 2 4 8 16 --output runs/anytime
+
+prints the anytime curve of a deep equilibrium network that recipes/train.py has trained: its accuracy on test images
+when the solver may evaluate the cell that many times. It takes half a minute on one thread. Instead of a run folder,
+any model of timm and any image data set will do: `resnet50 --pretrained --dataset ORG/NAME --split validation`;
+`--help` lists everything. Devices, ranks and precision are chosen by `accelerate launch` or `torchrun`.
+
+The output folder holds `results.json` and, for a model that solves, `anytime.png`. A mistake ends the run with one
+line; `python -X dev` shows where it was found.
+"""
+
+import argparse
+import importlib.metadata
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed, tqdm
+from matplotlib.figure import Figure
+from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
 from nc_probe import NCProbe
-from timm_deq import SolveLog
+from recipes.checkpoint import create_model, new_folder, to_json, write_text
+from recipes.config import TrainConfig, parse
+from recipes.data import (
+    CorruptImageError,
+    ImageSplit,
+    ImageView,
+    eval_loader,
+    eval_transform,
+    load_splits,
+    open_dataset,
+)
+from recipes.figures import anytime_figure
+from recipes.longtail import Groups, Manifest
+from timm_deq import Equilibrium, NonFiniteInputError, SolveLog, set_solver
+
+IMAGE_FLAGS: dict[str, tuple[type, str]] = {
+    "dataset": (str, "'digits' (embedded), a folder, or a Hub dataset id"),
+    "dataset_config": (str, "configuration name of a Hub dataset"),
+    "dataset_revision": (str, "commit, tag or branch of a Hub dataset"),
+    "image_column": (str, "column of the images; found by its type if not given"),
+    "label_column": (str, "column of the classes; found by its type if not given"),
+    "img_size": (int, "height and width of the model's input in pixels; the model's own if not given"),
+    "eval_batch_size": (int, "images of one forward pass, on each rank"),
+    "workers": (int, "processes per rank that decode images; chosen by the size of the set if not given"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_code(lambda: run(read_flags(argv)))
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaint is a ValueError, like that of everything else."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; allowed: what --help lists")
+
+
+def read_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; --help prints and exits. IMAGE_FLAGS that are not given are not in the result.
+
+    Raises:
+        ValueError: an unknown flag, or a value of the wrong type.
+    """
+    parser = Parser(
+        prog="accelerate launch recipes/evaluate.py",
+        description="Evaluate an image classifier, a deep equilibrium network at several budgets of evaluations.",
+        allow_abbrev=False,
+    )
+    flag = parser.add_argument
+    flag("model", metavar="MODEL", help="run folder of recipes/train.py, timm name, local-dir:FOLDER, hf-hub:ORG/NAME")
+    flag("--pretrained", action="store_true", help="load the weights that timm has for a name, not random ones")
+    flag("--split", default="test", help="images to evaluate on (default: test)")
+    flag("--max-steps", type=int, nargs="+", metavar="N", help="budgets of evaluations; the model's own if not given")
+    flag("--tol", type=float, help="relative residual at which a solve ends; the model's own if not given")
+    flag("--no-gather", action="store_true", help="evaluate each batch until its last image has finished")
+    flag("--output", help="folder to create; one that exists is never touched")
+    images = parser.add_argument_group("images", "for a run folder those of the run, else as in recipes/train.py")
+    for name, (kind, text) in IMAGE_FLAGS.items():
+        images.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """One evaluation, from the model and the data set to the table and the output folder."""
+    started = time.perf_counter()
+    folder = None if args.output is None else new_folder(args.output)
+    config, groups = settings(args)
+    accelerator = Accelerator()
+    with accelerator.main_process_first():
+        images = open_split(config, args.split)
+    num_classes = len(images.class_names)
+
+    set_seed(config.seed)  # random weights are the same on every rank
+    net: Any = create_model(config, None if config.pretrained else num_classes).to(accelerator.device)
+    if net.num_classes != num_classes:
+        raise ValueError(
+            f"model {args.model!r} knows {net.num_classes} classes; allowed: a model of {num_classes}, "
+            f"as data set {config.dataset!r} has"
+        )
+    layers = [module for module in net.modules() if isinstance(module, Equilibrium)]
+    for name, value in (("max-steps", args.max_steps), ("tol", args.tol)):
+        if value is not None and not layers:
+            raise ValueError(f"{name} is {value}; allowed: not given for {args.model!r}, which has no equilibrium")
+
+    for layer in layers:
+        layer.gather = not args.no_gather
+
+    data_config = resolve_input_data_config(net, config.only("img_size"))
+    channels = data_config["input_size"][0]
+    loader = eval_loader(
+        ImageView(images, np.arange(len(images.labels)), eval_transform(data_config), channels=channels),
+        batch_size=config.eval_batch_size,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        workers=config.workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    points: list[dict[str, Any]] = []
+    for budget in sorted(set(args.max_steps or ())) or [None]:
+        if layers:
+            set_solver(net, max_steps=budget, tol=args.tol)
+        budget = max((layer.solver.max_steps for layer in layers), default=None)
+        batches = tqdm(loader, desc=f"max_steps {budget}" if layers else None, unit="batch", leave=False)
+        confusion, solver, _ = evaluate(net, batches, accelerator, num_classes)
+        accuracy = accuracies(confusion, groups)
+        per_class = dict(zip(images.class_names, recalls(confusion).tolist(), strict=True))
+        points.append({"max_steps": budget, "accuracy": accuracy, "per_class": per_class, "solver": solver})
+
+    if accelerator.is_main_process:
+        print(table(points))
+        if folder is not None:
+            results = {
+                "model": args.model,
+                "dataset": config.dataset,
+                "split": args.split,
+                "images": int(confusion.sum()),
+                "tol": max((layer.solver.tol for layer in layers), default=None),
+                "points": points,
+                "seconds": time.perf_counter() - started,
+                **environment(accelerator),
+            }
+            title = f"{net.pretrained_cfg['architecture']} on {config.dataset}, split {args.split}"
+            save(folder, results, anytime_figure(points, title=title) if layers else None)
+    accelerator.end_training()
+
+
+def table(points: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table with a row for each budget: accuracies, evaluations spent per image, images that converged."""
+    columns = ["max_steps", *(f"{name} %" for name in points[0]["accuracy"]), "evaluations", "converged %"]
+    rows = []
+    for point in points:
+        solver = point["solver"]
+        solved = [f"{solver['mean_evaluations']:.2f}", f"{100 * solver['converged']:.1f}"] if solver else ["-", "-"]
+        accuracy = ["-" if math.isnan(value) else f"{100 * value:.2f}" for value in point["accuracy"].values()]
+        rows.append([str(point["max_steps"] or "-"), *accuracy, *solved])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows))
+
+
+def settings(args: argparse.Namespace) -> tuple[TrainConfig, Groups]:
+    """The settings of the model and its images, checked as those of training are, and the groups of a run's classes.
+
+    Raises:
+        ValueError: a setting out of its range, or a folder that is not that of a run with a checkpoint.
+    """
+    given = {name: value for name, value in vars(args).items() if name in IMAGE_FLAGS}
+    folder = Path(args.model)
+    if not folder.is_dir():
+        pretrained = args.pretrained or ":" in args.model
+        return TrainConfig(output=".", model=args.model, pretrained=pretrained, **given), {}
+    for part in ("config.yaml", "manifest.json", "checkpoint"):
+        if not (folder / part).exists():
+            raise ValueError(f"model {args.model!r} has no {part}; allowed: a folder in which recipes/train.py has run")
+    config = parse(["--config", str(folder / "config.yaml")])
+    config = replace(config, model=f"local-dir:{folder / 'checkpoint'}", model_args={}, pretrained=True, **given)
+    return config, Manifest.load(folder / "manifest.json").groups
+
+
+def open_split(config: TrainConfig, name: str) -> ImageSplit:
+    """The split to evaluate on. Its classes are those of the train split, or its own where there is no train split.
+
+    Raises:
+        ValueError: there is no such data set, split or column, or the classes do not fit.
+    """
+    splits = open_dataset(config.dataset, config.dataset_config, config.dataset_revision)
+    if name not in splits:
+        raise ValueError(f"split {name!r} is not in the data set; allowed: {', '.join(map(repr, splits))}")
+    # Two names, because the train split itself may be the one to evaluate on.
+    pair = {"classes": splits.get(config.train_split, splits[name]), name: splits[name]}
+    columns = config.only("image_column", "label_column")
+    return load_splits(pair, train_split="classes", test_split=name, **columns)[1]
+
+
+def save(folder: Path, results: Mapping[str, Any], figure: Figure | None) -> None:
+    """Write `results.json` and `anytime.png`; the folder is complete or absent."""
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    write_text(draft / "results.json", to_json(results, indent=2))
+    if figure is not None:
+        figure.savefig(draft / "anytime.png", dpi=150)
+    os.rename(draft, folder)
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What numbers and times were measured with."""
+    return {
+        "device": str(accelerator.device),
+        "ranks": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "accelerate", "datasets")},
+    }
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Do the work of a script, and give its exit code; what the user can mend is told in one line."""
+    try:
+        work()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if sys.flags.dev_mode:
+            raise
+        # All ranks find the same fault, but for those of an image, which only the rank that has it sees.
+        if int(os.environ.get("RANK", "0")) and not isinstance(error, (CorruptImageError, NonFiniteInputError)):
+            time.sleep(10)  # a rank that leaves ends the others, and the main one has yet to speak
+        else:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
@@ -45,7 +275,7 @@ def evaluate(
             cell = labels.to(accelerator.device, non_blocking=True) * num_classes + logits.argmax(1)
             confusion += torch.bincount(cell, minlength=num_classes**2)
     confusion = sum_over_ranks(accelerator, confusion).view(num_classes, num_classes).cpu().numpy()
-    keys = ("mean_steps", "mean_residual", "converged", "nonfinite")
+    keys = ("mean_steps", "mean_evaluations", "mean_residual", "converged", "nonfinite")
     summary = log.summary()
     means = [1.0, *(summary.get(key, 0.0) for key in keys)]
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # which MPS lacks
@@ -68,3 +298,7 @@ def accuracies(confusion: np.ndarray, groups: Mapping[str, Sequence[int]]) -> di
         name: float(correct[list(classes)].sum() / images) if (images := total[list(classes)].sum()) else math.nan
         for name, classes in members.items()
     }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,22 +1,24 @@
 """Pictures of a run. They are drawn on figures of their own; pyplot and its global state are left alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from nc_probe import CollapseReport
 from nc_probe.plots import plot_grams
-from timm_deq import SolveLog
+from timm_deq import SolveLog, Status
 
 # Okabe & Ito (2008): told apart by readers of any colour vision.
 COLORS = {"overall": "#000000", "majority": "#0072B2", "minority": "#D55E00"}
 _STYLE: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
+_FLOOR = 1e-16  # where a residual of 0 is drawn on a logarithmic axis
 
 
 def save_figures(
@@ -30,7 +32,7 @@ def save_figures(
     title: str,
 ) -> None:
     """Write the pictures of a run into a new folder: training.png, gram.png and, for a model that solves,
-    residual.png."""
+    residual.png and steps.png."""
     folder.mkdir()
     training_figure(records, title=title).savefig(folder / "training.png", dpi=150)
     gram = plot_grams(report, class_names=class_names, title=f"{title}: cosines between classes")
@@ -38,6 +40,8 @@ def save_figures(
     if len(log):
         residuals = residual_figure(log.trace.numpy(), tol=tol, title=f"{title}: residual on test images")
         residuals.savefig(folder / "residual.png", dpi=150)
+        steps = convergence_figure(log, title=f"{title}: solves of test images")
+        steps.savefig(folder / "steps.png", dpi=150)
 
 
 def training_figure(records: Sequence[dict[str, Any]], *, title: str) -> Figure:
@@ -113,6 +117,60 @@ def residual_figure(trace: np.ndarray, *, tol: float | None, title: str) -> Figu
     axes.set_yscale("log")
     axes.set_xlabel("evaluations of f")
     _finish(axes, title, "‖f(z) − z‖ / ‖f(z)‖")
+    return figure
+
+
+def convergence_figure(log: SolveLog, *, title: str) -> Figure:
+    """Histograms over samples of the evaluations that their solves took and of the residuals they ended with.
+
+    Args:
+        log: of a model that solves; forward and, where there were any, backward solves are shown.
+        title: above all.
+    """
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    left, right = figure.subplots(1, 2)
+    solves = {"forward": (log.steps, log.residual, log.status, COLORS["majority"])}
+    if len(log.backward_steps):
+        solves["backward"] = (log.backward_steps, log.backward_residual, log.backward_status, COLORS["minority"])
+    longest = max(int(steps.max()) for steps, *_ in solves.values())
+    finite = {name: residual[residual.isfinite()].clamp_min(_FLOOR) for name, (_, residual, *_) in solves.items()}
+    known = torch.cat(list(finite.values())).log10()
+    low, high = (math.floor(known.min()), math.floor(known.max()) + 1) if len(known) else (-3, 0)
+    bins = np.logspace(low, high, 10 * (high - low) + 1)  # ten a decade
+    for name, (steps, _, status, color) in solves.items():
+        bars: dict[str, Any] = {"color": color, "alpha": 0.6}
+        left.hist(steps.numpy(), np.arange(0.5, longest + 1), label=f"{name}, mean {steps.double().mean():.1f}", **bars)
+        share = (status == Status.CONVERGED).double().mean()
+        right.hist(finite[name].numpy(), bins.tolist(), label=f"{name}, {share:.1%} of {len(status)} converged", **bars)
+    left.margins(y=0.25)  # room for the legends
+    right.margins(y=0.25)
+    left.set_xlabel("evaluations of f")
+    right.set_xlabel("‖f(z) − z‖ / ‖f(z)‖")
+    _finish(left, "Evaluations until a sample was done", "samples")
+    _finish(right, "Residual at the end", "samples")
+    right.set_xscale("log")  # after _finish, whose ticks are whole numbers
+    return figure
+
+
+def anytime_figure(points: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
+    """Accuracy against the budget of the solver, overall and by group.
+
+    Args:
+        points: one for each budget, in rising order: 'max_steps' and, by group, 'accuracy' (NaN where there is none).
+        title: above the picture.
+    """
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
+    budgets = [point["max_steps"] for point in points]
+    for group in points[0]["accuracy"]:
+        values = [100 * point["accuracy"][group] for point in points]
+        axes.plot(budgets, values, color=COLORS.get(group), label=group, **_STYLE)
+    _finish(axes, title, "accuracy, %")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(budgets, labels=[str(budget) for budget in budgets])
+    axes.set_xlabel("evaluations of f, at most")
+    axes.set_ylim(0, 102)
     return figure
 
 

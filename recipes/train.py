@@ -13,18 +13,15 @@ and `figures`. The test split is used once, at the end. A mistake ends the run w
 where it was found.
 """
 
-import importlib.metadata
 import math
 import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
@@ -35,10 +32,9 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 
 from nc_probe import NCProbe
-from recipes.checkpoint import save_checkpoint, to_json, write_text
-from recipes.config import TrainConfig, nearest, parse
+from recipes.checkpoint import create_model, new_folder, save_checkpoint, to_json, write_text
+from recipes.config import TrainConfig, parse
 from recipes.data import (
-    CorruptImageError,
     ImageView,
     eval_loader,
     eval_transform,
@@ -47,35 +43,28 @@ from recipes.data import (
     train_loader,
     train_transform,
 )
-from recipes.evaluate import accuracies, evaluate, recalls, sum_over_ranks
+from recipes.evaluate import (
+    accuracies,
+    environment,
+    evaluate,
+    exit_code,
+    recalls,
+    sum_over_ranks,
+)
 from recipes.figures import save_figures
 from recipes.longtail import build_manifest
 from recipes.sampling import EpochSampler
-from timm_deq import Equilibrium
+from timm_deq import Equilibrium, NonFiniteInputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, and give the exit code; what the user can mend is told in one line."""
-    try:
-        train(parse(argv))
-    except (ValueError, OSError, FloatingPointError) as error:
-        if sys.flags.dev_mode:
-            raise
-        # All ranks find the same fault, but for an image, which only the rank that reads it sees.
-        if int(os.environ.get("RANK", "0")) and not isinstance(error, CorruptImageError):
-            time.sleep(10)  # a rank that leaves ends the others, and the main one has yet to speak
-        else:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: train(parse(argv)))
 
 
 def train(config: TrainConfig) -> None:
     """One run, from the data set to the run folder."""
     started = time.perf_counter()
-    folder = Path(config.output)
-    if os.path.lexists(folder):
-        raise ValueError(f"output {config.output!r} exists; allowed: a folder that does not")
+    folder = new_folder(config.output)
     accelerator = Accelerator(gradient_accumulation_steps=config.gradient_accumulation_steps)
     config = replace(config, gradient_accumulation_steps=accelerator.gradient_accumulation_steps)  # `launch` may set it
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -185,7 +174,13 @@ def train(config: TrainConfig) -> None:
                     images = images.to(accelerator.device, non_blocking=True)
                     labels = labels.to(accelerator.device, non_blocking=True)
                     with accelerator.accumulate(model):
-                        loss = criterion(model(images), labels)
+                        try:
+                            loss = criterion(model(images), labels)
+                        except NonFiniteInputError as error:
+                            raise NonFiniteInputError(
+                                f"training has diverged in epoch {epoch}, update {step + 1} of {sampler.updates}, "
+                                f"at lr {config.lr:g}: {error}; last good checkpoint: {saved}"
+                            ) from error
                         accelerator.backward(loss * weight)
                         if accelerator.sync_gradients and config.clip_grad is not None:
                             accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
@@ -255,7 +250,6 @@ def train(config: TrainConfig) -> None:
     confusion, solver, log = evaluate(measured, test_eval, accelerator, len(class_names))
     if accelerator.is_main_process:
         test = accuracies(confusion, manifest.groups)
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "timm", "accelerate", "datasets")}
         results = {
             "test": test,
             "test_per_class": dict(zip(class_names, recalls(confusion).tolist(), strict=True)),
@@ -265,10 +259,7 @@ def train(config: TrainConfig) -> None:
             "images": {"train": len(view), "val": len(manifest.validation), "test": int(confusion.sum())},
             "parameters": sum(p.numel() for p in net.parameters()),
             "seconds": time.perf_counter() - started,
-            "device": str(accelerator.device),
-            "ranks": world,
-            "mixed_precision": accelerator.mixed_precision,
-            "versions": versions,
+            **environment(accelerator),
         }
         write_text(folder / "results.json", to_json(results, indent=2))
         tol = next((m.solver.tol for m in measured.modules() if isinstance(m, Equilibrium)), None)
@@ -282,25 +273,6 @@ def train(config: TrainConfig) -> None:
         print(f"evaluations      {steps}")
         print(f"run folder       {folder}")
     accelerator.end_training()
-
-
-def create_model(config: TrainConfig, num_classes: int) -> nn.Module:
-    """The timm model of a configuration.
-
-    Raises:
-        ValueError: an unknown name, or arguments that the model does not take.
-    """
-    if ":" not in config.model and not timm.is_model(config.model):
-        hint = nearest(config.model, timm.list_models())
-        raise ValueError(f"model {config.model!r} is unknown{hint}; allowed: what timm.list_models() gives")
-    try:
-        return timm.create_model(
-            config.model, pretrained=config.pretrained, num_classes=num_classes, **config.model_args
-        )
-    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
-        raise ValueError(
-            f"model {config.model!r} cannot be built with model_args {config.model_args}: {error}"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from nc_probe import ClassMoments, measure
-from recipes.figures import residual_figure, save_figures, training_figure
+from recipes.figures import convergence_figure, residual_figure, save_figures, training_figure
+from timm_deq import Equilibrium, Picard, SolveLog
 
 GROUPS = ("majority", "minority")
 
@@ -59,16 +60,66 @@ def test_residual_figure_shows_median_band_and_tolerance():
     assert "tolerance 0.001" in lines(axes)
 
 
+class Halving(torch.nn.Module):
+    def forward(self, z, x):
+        return torch.where(x > 1, torch.inf, z / 2 + x)  # fails for some
+
+
+def log_of(x, *, backward=False):
+    """From zero z = x, 1.5 x: residuals 1, 1/3, 1/7; backward, which starts from the gradient, 1/3, 1/7."""
+    layer = Equilibrium(Halving(), solver=Picard(0.3, 4))
+    with SolveLog(layer) as log:
+        if len(x):
+            z = layer(x.requires_grad_(backward))
+        if backward:
+            z.sum().backward()
+    return log
+
+
+def bars(axes):
+    """Height and extent of every bar that shows, by legend entry."""
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    return {
+        text: [(p.get_height(), p.get_x(), p.get_x() + p.get_width()) for p in container if p.get_height()]
+        for text, container in zip(texts, axes.containers, strict=True)
+    }
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_convergence_figure_counts_samples(backward):
+    x = torch.ones(5, 1)
+    x[0] = 2  # fails at the first evaluation, and has no residual
+    log = log_of(x[1:], backward=True) if backward else log_of(x)
+    steps, residuals = (bars(axes) for axes in convergence_figure(log, title="t").axes)
+    assert convergence_figure(log, title="t").axes[1].get_xscale() == "log"
+    if backward:
+        assert steps == {"forward, mean 3.0": [(4, 2.5, 3.5)], "backward, mean 2.0": [(4, 1.5, 2.5)]}
+        assert list(residuals) == ["forward, 100.0% of 4 converged", "backward, 100.0% of 4 converged"]
+    else:
+        assert steps == {"forward, mean 2.6": [(1, 0.5, 1.5), (4, 2.5, 3.5)]}
+        assert list(residuals) == ["forward, 80.0% of 5 converged"]
+    for ((count, low, high),) in residuals.values():
+        assert count == 4 and low < 1 / 7 < high
+
+
+def test_convergence_figure_of_exact_and_of_failed_solves():
+    exact, failed = log_of(torch.zeros(3, 1)), log_of(torch.full((2, 1), 2.0))
+    assert list(bars(convergence_figure(exact, title="t").axes[1])) == ["forward, 100.0% of 3 converged"]
+    ((count, low, _),) = bars(convergence_figure(exact, title="t").axes[1])["forward, 100.0% of 3 converged"]
+    assert count == 3 and low > 0
+    assert bars(convergence_figure(failed, title="t").axes[1]) == {"forward, 0.0% of 2 converged": []}
+
+
 @pytest.mark.parametrize("samples", [0, 7])
 def test_save_figures_writes_pictures_with_residuals_only_for_a_solver(tmp_path, samples):
     torch.manual_seed(0)
     moments = ClassMoments(3, 4)
     moments.update(torch.randn(30, 4), torch.arange(30) % 3)
     report = measure(moments, torch.randn(3, 4), groups={"majority": [0], "minority": [1, 2]})
-    log = type("Log", (), {"trace": torch.rand(6, samples), "__len__": lambda self: samples})()
+    log = log_of(torch.rand(samples, 1))
     save_figures(tmp_path / "f", records(), report, log, tol=1e-3, class_names=("a", "b", "c"), title="t")
     names = {path.name for path in (tmp_path / "f").iterdir()}
-    assert names == {"training.png", "gram.png"} | ({"residual.png"} if samples else set())
+    assert names == {"training.png", "gram.png"} | ({"residual.png", "steps.png"} if samples else set())
     for name in names:
         picture = np.asarray(Image.open(tmp_path / "f" / name).convert("L"))
         assert min(picture.shape) > 400 and picture.std() > 10

@@ -14,7 +14,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 def test_every_block_runs(tmp_path, capsys):
     save_for_hf(timm.create_model("deq_resnet8_cifar"), str(tmp_path), safe_serialization=True)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         names = {"cell": conv_cell(), "x": torch.randn(2, 4, 3, 3)}  # what README leaves to the reader
         exec(block.replace("runs/digits/checkpoint", str(tmp_path)), names)
@@ -29,3 +29,10 @@ def test_sizes_are_those_of_the_table():
             model = timm.create_model(name, equilibrium=equilibrium, device="meta")
             assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == count
             assert model.default_cfg["input_size"][1] == int(size)
+
+
+def test_every_feature_names_a_test_that_exists():
+    written = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    named = re.findall(r"\| `(test_\w+)` \|", README)
+    assert len(named) > 30
+    assert [name for name in named if f"def {name}(" not in written] == []

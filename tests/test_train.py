@@ -103,6 +103,7 @@ def test_a_run_folder_holds_everything(run):
         "config.yaml",
         "figures/gram.png",
         "figures/residual.png",
+        "figures/steps.png",
         "figures/training.png",
         "manifest.json",
         "metrics.jsonl",
@@ -246,7 +247,7 @@ def test_an_explicit_model_has_no_evaluations_and_best_is_chosen_by_validation(t
     results, records = json.loads((folder / "results.json").read_text()), lines_of(folder)
     val = [record["val"]["overall"] for record in records]
     assert results["selected"] == {"by": "best", "epoch": int(np.argmax(val))}
-    assert not (folder / "figures" / "residual.png").exists()
+    assert not (folder / "figures" / "residual.png").exists() and not (folder / "figures" / "steps.png").exists()
     net = timm.create_model(f"local-dir:{folder / 'checkpoint'}", pretrained=True).eval()
     test = digits()["test"]
     right = logits_of(net, test, range(len(test)))[1].argmax(1) == torch.tensor(test["label"])
