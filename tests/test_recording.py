@@ -57,6 +57,8 @@ def train_step(net, forward):
     return [loss.detach()] + [p.grad for p in net.parameters()]
 
 
+# The compiler of older torch instantiates autograd functions itself.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("gradient", ["phantom", "unrolled"])
 def test_compile_whole_in_training(gradient):
     eager, compiled = model(gradient=gradient, memory=2), model(gradient=gradient, memory=2)

@@ -104,6 +104,10 @@ class Equilibrium(nn.Module):
             z_star = solution.value.to(z0.dtype)
             if not differentiable:
                 return z_star
+            if autocasts(x) and not is_static(
+                x
+            ):  # older torch keeps casts made off the tape: the weights would be cut off
+                torch.clear_autocast_cache()
             state = solution.state if self.gradient.needs else None  # histories are not to wait for the backward pass
             report = self._report_backward if self._solution_hooks else None
             return self.gradient.attach(f, z_star, state=state, start=u0, report=report)
