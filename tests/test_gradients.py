@@ -306,6 +306,8 @@ def test_a_second_derivative_is_right_or_refused():
     cell, x = cell_and_input("attention", batch=1)
     unrolled = Equilibrium(cell, solver=Picard(1e-10, 30), gradient=Unrolled())
     assert torch.autograd.gradgradcheck(unrolled, (x,))
+    reversible = Equilibrium(cell, solver=ReversibleIteration(1e-10, 12), gradient=Reversible())
+    assert torch.autograd.gradgradcheck(reversible, (x,))
     # The sum has a constant gradient: nothing in it shows that the pull-back depends on x.
     for solver, gradient in ((Anderson(), Implicit()), (Anderson(), Neumann()), (Broyden(), Shine())):
         for loss in (lambda z: z.sum(), lambda z: z.square().sum()):
