@@ -4,13 +4,11 @@ A mask drawn anew at each evaluation would leave nothing to converge to. As in B
 mask is drawn per sample and element at the first evaluation, and f keeps it for the solve and for its gradient.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Map = Callable[[Tensor], Tensor]
+from timm_deq.fixed_point import Map
 
 
 class VariationalDropout(nn.Module):

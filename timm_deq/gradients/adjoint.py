@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from timm_deq.gradients.base import Gradient, Map, Report
+from timm_deq.fixed_point import Map
+from timm_deq.gradients.base import Gradient, Report
 from timm_deq.solution import Solution
 from timm_deq.solvers.base import State
 

@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from timm_deq.fixed_point import Map
 from timm_deq.solution import Solution
 from timm_deq.solvers.base import Solver, State
-
-Map = Callable[[Tensor], Tensor]
 
 Report = Callable[[Solution], None]
 """Told the solution of a backward solve, when there is one."""

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from timm_deq.fixed_point import fixed_point
+from timm_deq.fixed_point import Map, fixed_point
 from timm_deq.gradients.adjoint import AdjointGradient
-from timm_deq.gradients.base import Map
 from timm_deq.solution import Solution
 from timm_deq.solvers.anderson import Anderson
 from timm_deq.solvers.base import Solver, State

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from timm_deq.fixed_point import Map
 from timm_deq.gradients.adjoint import AdjointGradient
-from timm_deq.gradients.base import Map
 from timm_deq.solvers.base import State, check_at_least
 
 

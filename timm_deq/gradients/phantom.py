@@ -14,7 +14,8 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
-from timm_deq.gradients.base import Gradient, Map, Report, same_value
+from timm_deq.fixed_point import Map
+from timm_deq.gradients.base import Gradient, Report, same_value
 from timm_deq.solvers.base import State, check_at_least
 
 

@@ -15,9 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from timm_deq.fixed_point import fixed_point
+from timm_deq.fixed_point import Map, fixed_point
 from timm_deq.gradients.adjoint import AdjointGradient
-from timm_deq.gradients.base import Map
 from timm_deq.solution import Solution
 from timm_deq.solvers.base import Solver, State, check_at_least, select
 from timm_deq.solvers.broyden import Broyden, BroydenState, apply_inverse

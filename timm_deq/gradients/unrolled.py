@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from timm_deq.gradients.base import Gradient, Map, Report, on_the_tape
+from timm_deq.fixed_point import Map
+from timm_deq.gradients.base import Gradient, Report, on_the_tape
 from timm_deq.solvers.base import State
 
 
