@@ -8,24 +8,30 @@
     print(report)                           # report.nc1, report.as_dict(), report.groups["minority"].mean_cosine
 
 `NCProbe` reads what enters the classifier with a hook; `ClassMoments` keeps its class means and scatter; `measure`
-turns them into a `CollapseReport`; `nc_probe.measures` has the formulas; `nc_probe.plots` the pictures (needs
-matplotlib).
+turns them into a `CollapseReport`. `nc_probe.measures` and `nc_probe.pairwise` have the formulas; `nc_probe.geometry`
+the geometries that theory predicts; `nc_probe.conventions` the papers' own variants; `nc_probe.plots` the pictures
+(needs matplotlib).
 """
 
 from nc_probe.assembly import measure
-from nc_probe.geometry import simplex_etf_gram
+from nc_probe.conventions import CONVENTIONS
+from nc_probe.geometry import ReferenceGram, orthogonal_frame, seli, simplex_etf
 from nc_probe.heads import Head, find_head
 from nc_probe.moments import ClassMoments
 from nc_probe.probe import NCProbe
 from nc_probe.report import Agreement, CollapseReport
 
 __all__ = [
+    "CONVENTIONS",
     "Agreement",
     "ClassMoments",
     "CollapseReport",
     "Head",
     "NCProbe",
+    "ReferenceGram",
     "find_head",
     "measure",
-    "simplex_etf_gram",
+    "orthogonal_frame",
+    "seli",
+    "simplex_etf",
 ]

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nc_probe import measures
+from nc_probe import measures, pairwise
+from nc_probe.conventions import CONVENTIONS
+from nc_probe.geometry import orthogonal_frame, seli, simplex_etf
 from nc_probe.moments import ClassMoments, exact_arithmetic
 from nc_probe.report import NAN, Agreement, CollapseReport
 
@@ -24,6 +26,8 @@ def measure(
     center: str = "balanced",
     groups: Mapping[str, Iterable[int]] | None = None,
     agreement: Agreement | None = None,
+    conventions: Iterable[str] = (),
+    features_dtype: torch.dtype = torch.float32,
 ) -> CollapseReport:
     """Measures collapse from moments and a linear classifier.
 
@@ -35,8 +39,10 @@ def measure(
         bias: (K,); it decides `mean_accuracy` only.
         center: "balanced" or "empirical", see CollapseReport.
         groups: classes of each group by name. A group's measures take its classes only, about the centre of all, and
-            compare with the part of the K-class simplex that the group should be.
+            compare with the part of the K-class geometry that the group should be.
         agreement: samples counted with the features at hand, for NC4 and the accuracies.
+        conventions: papers whose own formulas to add, of `nc_probe.conventions`.
+        features_dtype: precision that the features came in, which decides what counts in `feature_rank`.
 
     Raises:
         ValueError: a bad argument, no samples, or moments that do not resolve the weighting.
@@ -48,7 +54,10 @@ def measure(
         raise ValueError(f"weight must have shape {(K, d)} as the moments have, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != (K,):
         raise ValueError(f"bias must have shape {(K,)}, got {tuple(bias.shape)}")
-    members = check_groups(groups, K)
+    members, papers = check_groups(groups, K), tuple(conventions)
+    for paper in papers:
+        if paper not in CONVENTIONS:
+            raise ValueError(f"conventions must be among {tuple(CONVENTIONS)}, got {paper!r}")
     moments.check()
     if not moments.count.any():
         raise ValueError("moments must hold at least one sample, got none: call update first")
@@ -59,8 +68,17 @@ def measure(
             bias = bias.detach().to(moments.mean)
         measured = _Pass(moments, weight, bias, center, agreement)
         report = measured.report(torch.arange(K), whole=True)
+        spectrum = measured.spectrum(features_dtype)
         parts = {name: measured.report(classes, whole=False) for name, classes in members.items()}
-    return dataclasses.replace(report, groups=parts)
+        published = {paper: CONVENTIONS[paper](moments, weight, bias, agreement, members) for paper in papers}
+    return dataclasses.replace(
+        report,
+        feature_rank=spectrum.rank,
+        stable_rank=spectrum.stable_rank,
+        participation_ratio=spectrum.participation_ratio,
+        conventions=published,
+        groups=parts,
+    )
 
 
 def check_groups(groups: Mapping[str, Iterable[int]] | None, num_classes: int) -> dict[str, Tensor]:
@@ -96,8 +114,18 @@ class _Pass:
         mass = n if center == "empirical" else (n > 0).double()
         self.pi = mass / mass.sum()
         self.per_sample = self.pi / n.clamp(min=1)
-        self.centered = moments.mean - self.pi @ moments.mean
+        self.origin = self.pi @ moments.mean
+        self.centered = moments.mean - self.origin
+        # Geometries of the classes with samples, and where in them a class stands.
+        self.seli, self.frame = seli(moments.count), orthogonal_frame(moments.count)
+        self.position = self.present.cumsum(0) - 1
         self.magnitude = float((self.pi @ moments.mean.square().sum(1)).sqrt())
+
+    def spectrum(self, dtype: torch.dtype) -> measures.Spectrum:
+        """Ranks of the features of all classes."""
+        between = self.pi.sqrt()[:, None] * self.centered
+        total = self.moments.within(self.per_sample).addmm_(between.T, between)
+        return measures.spectrum(total, self.origin, dtype=dtype)
 
     def report(self, classes: Tensor, *, whole: bool) -> CollapseReport:
         shown = classes[self.present[classes]]
@@ -122,19 +150,23 @@ class _Pass:
         M, n = self.centered[shown], self.moments.count[shown].double()
         pi = self.pi[shown] / self.pi[shown].sum()
         variance = self.moments.trace[shown] / n
-        angle, maxangle = measures.equiangle(M, num_classes=K)
         values = {
             "nc1_trace": measures.trace_quotient(pi @ variance, pi @ M.square().sum(1)),
-            "cdnv": measures.cdnv(M, variance),
-            "nc2_etf": measures.etf_distance(M, num_classes=K),
+            "cdnv": pairwise.cdnv(M, variance),
             "nc2_norm": measures.equinorm(M),
-            "nc2_angle": angle,
-            "nc2_maxangle": maxangle,
-            "mean_cosine": measures.mean_cosine(M),
+            "mean_norm": measures.mean_norm(M),
+            "mean_cosine": pairwise.mean_cosine(M),
             "class_variance": tuple(variance.tolist()),
             "class_norm": tuple(M.norm(dim=1).tolist()),
-            "gram": measures.cosine_gram(M).cpu(),
+            "means": M.cpu(),
         }
+        if m > 1:
+            position = self.position[shown]
+            values["nc2_angle"], values["nc2_maxangle"] = pairwise.equiangle(M, num_classes=K)
+            values["gnc2_log"], values["gnc2_riesz"] = pairwise.uniformity_gap(M, num_classes=K)
+            values["nc2_etf"] = pairwise.gram_distance(M, simplex_etf(K, size=m))
+            values["nc2_seli"] = pairwise.gram_distance(M, self.seli[1].subset(position))
+            values["nc2_gof"] = pairwise.gram_distance(self.moments.mean[shown], self.frame[1].subset(position))
         # The centring takes one direction from all classes together, none from a part of them.
         inverse = measures.between_inverse(M, pi, max_rank=min(m, K - 1), magnitude=self.magnitude)
         values |= {"nc1_rank": inverse.rank, "nc1_condition": inverse.condition}
@@ -156,22 +188,24 @@ class _Pass:
         """What the classifier says, alone and beside the class means."""
         assert self.weight is not None
         W, K = self.weight[classes], len(self.weight)
-        angle, maxangle = measures.equiangle(W, num_classes=K)
-        values = {
-            "nc2_etf_weight": measures.etf_distance(W, num_classes=K),
+        values: dict[str, Any] = {
             "nc2_norm_weight": measures.equinorm(W),
-            "nc2_angle_weight": angle,
-            "nc2_maxangle_weight": maxangle,
-            "mean_cosine_weight": measures.mean_cosine(W),
+            "mean_norm_weight": measures.mean_norm(W),
+            "mean_cosine_weight": pairwise.mean_cosine(W),
         }
+        if len(classes) > 1:
+            values["nc2_angle_weight"], values["nc2_maxangle_weight"] = pairwise.equiangle(W, num_classes=K)
+            values["nc2_etf_weight"] = pairwise.gram_distance(W, simplex_etf(K, size=len(W)))
         if len(shown):
-            W, M = self.weight[shown], self.centered[shown]
+            W, M, position = self.weight[shown], self.centered[shown], self.position[shown]
+            values["nc2_seli_weight"] = pairwise.gram_distance(W, self.seli[0].subset(position))
+            values["nc2_gof_weight"] = pairwise.gram_distance(W, self.frame[0].subset(position))
             cosines = measures.self_duality_cosines(W, M)
             logits = self.moments.mean[shown] @ self.weight.T
             chosen = (logits if self.bias is None else logits + self.bias).argmax(1)
             values |= {
                 "class_norm_weight": tuple(W.norm(dim=1).tolist()),
-                "gram_weight": measures.cosine_gram(W).cpu(),
+                "weight": W.cpu(),
                 "nc3": measures.self_duality(W, M),
                 "nc3_cosine": float(cosines.mean()),
                 "class_nc3_cosine": tuple(cosines.tolist()),

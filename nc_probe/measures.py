@@ -1,50 +1,42 @@
 """Measures of neural collapse: pure functions of class means, classifier rows and a within-class covariance.
 
+Those that compare classes two by two are in `nc_probe.pairwise`; the papers' own variants in `nc_probe.conventions`.
+
 Notation: K classes, d features; mu_k class means; pi_k the weight of class k in every average over classes (`balanced`:
 1/K; `empirical`: n_k/N); mu_G = sum_k pi_k mu_k the centre; M (K, d) the centred means m_k = mu_k - mu_G; W (K, d) the
 classifier's rows. Covariances are
 
     S_W = sum_k pi_k S_k / n_k,    S_B = sum_k pi_k m_k m_k^T.
 
-Measures that compare classes with each other (all of NC2 and NC3, CDNV) count every class once in either weighting.
+Sources:
 
-Sources, and where they differ:
-
-* `papyan2020`: Papyan, Han & Donoho, PNAS 117(40), 2020. NC1 is tr(S_W S_B^+)/K in fig. 6; the code released with it
-  leaves out the division, squares NC3 and takes the unbiased standard deviation of norms.
-* `zhu2021`: Zhu et al., NeurIPS 2021. NC1 is tr(S_W S_B^+)/K; NC2 is the distance of normalised Gram matrices, of W;
-  their NC3 is the same distance with G = W M^T, not the one here.
-* `galanti2022`: Galanti, Gyorgy & Hutter, ICLR 2022. CDNV.
+* `papyan2020`: Papyan, Han & Donoho, PNAS 117(40), 2020.
+* `zhu2021`: Zhu et al., "A Geometric Analysis of Neural Collapse with Unconstrained Features", NeurIPS 2021.
+* `rudelson2007`: Rudelson & Vershynin, "Sampling from large matrices", Journal of the ACM 54(4), 2007.
 
 What is undefined (one class, a zero vector) is NaN, never 0.
 """
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nc_probe.geometry import simplex_etf_cosine, simplex_etf_gram
+from nc_probe.pairwise import unit
 
 __all__ = [
     "BetweenInverse",
+    "Spectrum",
     "between_inverse",
-    "cdnv",
-    "cosine_gram",
-    "equiangle",
     "equinorm",
-    "etf_distance",
-    "mean_cosine",
+    "mean_norm",
     "nc1",
     "self_duality",
     "self_duality_cosines",
+    "spectrum",
     "trace_quotient",
 ]
-
-# Rows of a K x K matrix held at once: 1024 x 21841 float64 is 179 MB, the whole would be 3.8 GB.
-TILE = 1024
 
 
 class BetweenInverse(NamedTuple):
@@ -71,7 +63,7 @@ def between_inverse(
     With the singular value decomposition A = U diag(sigma) V^T it is basis = V diag(1/sigma): the eigenvectors of the
     K x K Gram matrix A A^T carried to feature space, without forming that product. Forming it squares the condition:
     with class means merged to 1e-6 of their norm, NC1 from the eigenvalues of A A^T is right to 4e-4, from the singular
-    values of A to 5e-8.
+    values of A to 5e-8. An orthogonal-triangular factorisation first leaves a square of min(K, d) to decompose.
 
     A singular value is kept above 8 max(K, d) eps times the larger of sigma_1 and `magnitude`: below that it is
     rounding of the means, whose reciprocal would be noise. At most `max_rank` are kept.
@@ -83,7 +75,12 @@ def between_inverse(
         magnitude: size of the means before centring, to which their rounding is relative.
     """
     A = class_weights.sqrt()[:, None] * centered
-    _, sigma, Vh = torch.linalg.svd(A, full_matrices=False)
+    if A.shape[0] > A.shape[1]:
+        sigma, Vh = torch.linalg.svd(torch.linalg.qr(A, mode="r").R)[1:]
+    else:
+        Q, R = torch.linalg.qr(A.T)
+        sigma, Vh = torch.linalg.svd(R.T)[1:]
+        Vh = Vh @ Q.T
     if max_rank is not None:
         sigma = sigma[:max_rank]
     scale = max(float(sigma[0]), magnitude) if len(sigma) else 0.0
@@ -114,25 +111,42 @@ def trace_quotient(within_trace: Tensor, between_trace: Tensor) -> float:
     return float(within_trace / between_trace) if between_trace > 0 else math.nan
 
 
-def cdnv(means: Tensor, variances: Tensor) -> float:
-    """Class-distance normalised variance: mean over i != j of (v_i + v_j) / (2 ||mu_i - mu_j||^2).
+class Spectrum(NamedTuple):
+    """How many directions features vary in, by three counts of the eigenvalues l_i of their covariance.
 
-    Range [0, inf]; 0 at collapse, infinite if two class means coincide. `galanti2022`.
+    rank: those above rounding. stable_rank: sum l_i / max l_i. participation_ratio: (sum l_i)^2 / sum l_i^2.
+    """
+
+    rank: int
+    stable_rank: float
+    participation_ratio: float
+
+
+def spectrum(total: Tensor, center: Tensor, *, dtype: torch.dtype = torch.float32) -> Spectrum:
+    """Ranks of the total covariance S_T = S_W + S_B.
+
+    Ranges: 1 <= stable_rank <= participation_ratio <= rank <= d; all are K - 1 where features are a simplex ETF. The
+    stable rank is the "numerical rank" ||A||_F^2 / ||A||_2^2 of `rudelson2007`, A the centred features.
+
+    An eigenvalue counts towards `rank` above the larger of what two roundings can make of zero. That of the features:
+    each entry is off by up to u = eps(dtype)/2 of itself, so the matrix of all by u times its Frobenius norm, and no
+    singular value by more (Weyl); squared, u^2 E||x||^2 with E||x||^2 = tr S_T + ||mu_G||^2. That of the sums in
+    float64: 8 d eps max l_i. The first decides for bfloat16, float16 and large offsets, the second otherwise.
 
     Args:
-        means: (K, d), centred or not.
-        variances: (K,) v_k = tr S_k / n_k.
+        total: (d, d) S_T.
+        center: (d,) mu_G, to whose size the rounding of features is relative too.
+        dtype: precision that the features came in.
     """
-    K = len(means)
-    if K < 2:
-        return math.nan
-    total = 0.0
-    for start in range(0, K, TILE):
-        # Differences first, then squares: the Gram form of a distance cancels where minority means merge.
-        gap = torch.cdist(means[start : start + TILE], means, compute_mode="donot_use_mm_for_euclid_dist").square()
-        gap.diagonal(start).fill_(math.inf)
-        total += float(((variances[start : start + TILE, None] + variances) / (2 * gap)).sum())
-    return total / (K * (K - 1))
+    trace, square = float(total.trace()), float(total.square().sum())
+    if not trace > 0:
+        return Spectrum(0, math.nan, math.nan)
+    eigenvalues = torch.linalg.eigvalsh(total)
+    largest = float(eigenvalues[-1])
+    of_features = (torch.finfo(dtype).eps / 2) ** 2 * (trace + float(center.square().sum()))
+    of_sums = 8 * len(total) * torch.finfo(total.dtype).eps * largest
+    rank = int((eigenvalues > max(of_features, of_sums)).sum())
+    return Spectrum(rank, trace / largest, trace**2 / square) if rank else Spectrum(0, math.nan, math.nan)
 
 
 def equinorm(rows: Tensor) -> float:
@@ -147,67 +161,9 @@ def equinorm(rows: Tensor) -> float:
     return float(norms.std(correction=0) / norms.mean()) if len(rows) > 1 else math.nan
 
 
-def equiangle(rows: Tensor, *, num_classes: int | None = None) -> tuple[float, float]:
-    """NC2, equal angles: of the cosines of all pairs, (standard deviation, mean |cos + 1/(K-1)|).
-
-    Ranges [0, 1] and [0, 1 + 1/(K-1)]; both 0 for a simplex ETF. `papyan2020`, figs. 3 and 4.
-
-    Args:
-        rows: (m, d) centred means or classifier rows: all K, or those of a group.
-        num_classes: K of the simplex that the rows should be part of. Default: m.
-    """
-    m = len(rows)
-    if m < 2:
-        return math.nan, math.nan
-    target, mean = simplex_etf_cosine(num_classes or m), mean_cosine(rows)
-    squares = deviation = 0.0
-    for start, cosines in _gram_tiles(_unit(rows)):
-        cosines.diagonal(start).fill_(mean)
-        squares += float((cosines - mean).square().sum())
-        cosines.diagonal(start).fill_(target)
-        deviation += float((cosines - target).abs().sum())
-    pairs = m * (m - 1)
-    return math.sqrt(squares / pairs), deviation / pairs
-
-
-def mean_cosine(rows: Tensor) -> float:
-    """Mean cosine over all pairs of rows. Range [-1/(m-1), 1].
-
-    -1/(K-1) for a simplex ETF; 1 if the rows have merged to one direction, as minority classes do beyond a critical
-    imbalance (minority collapse: Fang, He, Long & Su, PNAS 118(43), 2021).
-    """
-    m = len(rows)
-    # The sum over all ordered pairs is ||sum of unit rows||^2, of which m are a row with itself.
-    return float(_unit(rows).sum(0).square().sum() - m) / (m * (m - 1)) if m > 1 else math.nan
-
-
-def cosine_gram(rows: Tensor) -> Tensor:
-    """(m, m) cosines of all pairs of rows (m, d); NaN beside a zero row."""
-    return _unit(rows) @ _unit(rows).T
-
-
-def etf_distance(rows: Tensor, *, num_classes: int | None = None) -> float:
-    """NC2, distance to the simplex ETF: || G/||G||_F - E/||E||_F ||_F with G = rows rows^T, E the Gram of the ETF.
-
-    Range [0, sqrt 2]; 0 for a simplex ETF of any size and orientation. `zhu2021`, there with rows = W.
-
-    Args:
-        rows: (m, d) centred means or classifier rows: all K, or those of a group.
-        num_classes: K of the simplex that the rows should be part of (E is then a block of its Gram). Default: m.
-    """
-    m = len(rows)
-    if m < 2:
-        return math.nan
-    K = num_classes or m
-    # rows rows^T and rows^T rows have the same Frobenius norm: take the smaller.
-    narrow = rows if m <= rows.shape[1] else rows.T
-    norm = (narrow @ narrow.T).norm()
-    etf_norm = math.sqrt(m + m * (m - 1) * simplex_etf_cosine(K) ** 2)
-    total = 0.0
-    for start, gram in _gram_tiles(rows):
-        etf = simplex_etf_gram(K, size=m, start=start, stop=start + len(gram), device=rows.device)
-        total += float((gram / norm - etf / etf_norm).square().sum())
-    return math.sqrt(total)
+def mean_norm(rows: Tensor) -> float:
+    """Mean norm of rows (m, d): of centred means or classifier rows. Range [0, inf); it has no ideal."""
+    return float(rows.norm(dim=1).mean()) if len(rows) else math.nan
 
 
 def self_duality(weight: Tensor, centered: Tensor) -> float:
@@ -224,14 +180,4 @@ def self_duality(weight: Tensor, centered: Tensor) -> float:
 
 def self_duality_cosines(weight: Tensor, centered: Tensor) -> Tensor:
     """NC3 per class: cosine of w_k and m_k, (m,) in [-1, 1]; 1 at self-duality, whatever the norms."""
-    return (_unit(weight) * _unit(centered)).sum(1)
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True)
-
-
-def _gram_tiles(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, block of rows) of rows rows^T."""
-    for start in range(0, len(rows), TILE):
-        yield start, rows[start : start + TILE] @ rows.T
+    return (unit(weight) * unit(centered)).sum(1)

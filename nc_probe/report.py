@@ -1,15 +1,23 @@
 """CollapseReport: the numbers of one pass over the data."""
 
 import math
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from nc_probe.pairwise import cosine_gram
+
 __all__ = ["Agreement", "CollapseReport"]
 
 NAN = math.nan
+
+# Up to this many classes `as_dict(per_class=True)` has the Gram matrices: 2 x 10,000 numbers.
+GRAM_CLASSES = 100
+
+WIDTH = 120
 
 
 class Agreement(NamedTuple):
@@ -29,9 +37,11 @@ class Agreement(NamedTuple):
 class CollapseReport:
     """Neural collapse of some classes: all of them, or in `groups` those of a group, about the centre of all.
 
-    NaN stands for what is absent or undefined. Per-class tuples and Gram matrices are in the order of `classes`, which
-    are those with samples; the other measures of the classifier take its rows for all classes. `nc_probe.measures` has
-    the formulas.
+    NaN stands for what is absent or undefined. Per-class tuples and matrices are in the order of `classes`, which are
+    those with samples; the measures of the classifier alone take its rows for all classes, but for SELI and the
+    orthogonal frame, which need samples. `nc_probe.measures`, `nc_probe.pairwise` and `nc_probe.geometry` have the
+    formulas. SELI and the frame follow from the class counts of the samples seen: measured on the training set, those
+    trained on. A group is compared with its part of the geometry of all classes.
 
     Attributes:
         center: "balanced" (every class counts once in centre, S_W, S_B and NC4) or "empirical" (by its count).
@@ -41,10 +51,14 @@ class CollapseReport:
         nc1_trace: tr S_W / tr S_B.
         cdnv: class-distance normalised variance.
         nc2_etf, nc2_etf_weight: distance to the simplex ETF, of class means and of classifier rows.
+        nc2_seli, nc2_seli_weight: distance to the simplex-encoded-labels interpolation.
+        nc2_gof, nc2_gof_weight: distance to the general orthogonal frame, of class means as they are, not centred.
         nc2_norm, nc2_norm_weight: coefficient of variation of norms.
         nc2_angle, nc2_angle_weight: standard deviation of cosines.
         nc2_maxangle, nc2_maxangle_weight: mean |cos + 1/(K-1)|.
         mean_cosine, mean_cosine_weight: mean of pairwise cosines; 1 if the classes have merged.
+        mean_norm, mean_norm_weight: mean norm of centred class means and of classifier rows.
+        gnc2_log, gnc2_riesz: hyperspherical energy of the class means above that of the simplex ETF of as many.
         nc3: || W/||W|| - M/||M|| ||.
         nc3_cosine: mean cosine of a classifier row and its class mean.
         nc4: share of samples on which classifier and nearest class mean agree, averaged as `center` says.
@@ -52,9 +66,15 @@ class CollapseReport:
         accuracy, center_accuracy: share of samples that the classifier, and the nearest class mean, get right.
         balanced_accuracy, balanced_center_accuracy: the same, averaged over classes.
         mean_accuracy: share of class means that the classifier puts in their class.
+        feature_rank, stable_rank, participation_ratio: of the total covariance S_W + S_B; of all classes only.
         class_...: per class; the mean of `class_nc1` is nc1 (balanced); it needs a scatter for each class.
-        gram, gram_weight: (m, m) cosines of centred class means and of classifier rows, on the CPU.
+        means: (m, d) centred class means, float64 on the CPU.
+        weight: (m, d) classifier rows, float64 on the CPU.
+        conventions: measures as published, see `nc_probe.conventions`, by paper.
         groups: a report for each group.
+        heads: a report for each classifier, of a model with several.
+        layers: a report for the features of each layer.
+        iterates: a report for the features of each iterate of a solver.
     """
 
     center: str
@@ -67,6 +87,10 @@ class CollapseReport:
     cdnv: float = NAN
     nc2_etf: float = NAN
     nc2_etf_weight: float = NAN
+    nc2_seli: float = NAN
+    nc2_seli_weight: float = NAN
+    nc2_gof: float = NAN
+    nc2_gof_weight: float = NAN
     nc2_norm: float = NAN
     nc2_norm_weight: float = NAN
     nc2_angle: float = NAN
@@ -75,6 +99,10 @@ class CollapseReport:
     nc2_maxangle_weight: float = NAN
     mean_cosine: float = NAN
     mean_cosine_weight: float = NAN
+    mean_norm: float = NAN
+    mean_norm_weight: float = NAN
+    gnc2_log: float = NAN
+    gnc2_riesz: float = NAN
     nc3: float = NAN
     nc3_cosine: float = NAN
     nc4: float = NAN
@@ -84,6 +112,9 @@ class CollapseReport:
     center_accuracy: float = NAN
     balanced_center_accuracy: float = NAN
     mean_accuracy: float = NAN
+    feature_rank: int | None = None
+    stable_rank: float = NAN
+    participation_ratio: float = NAN
     class_count: tuple[int, ...] = ()
     class_nc1: tuple[float, ...] = ()
     class_variance: tuple[float, ...] = ()
@@ -93,41 +124,71 @@ class CollapseReport:
     class_nc4: tuple[float, ...] = ()
     class_accuracy: tuple[float, ...] = ()
     class_center_accuracy: tuple[float, ...] = ()
-    gram: Tensor | None = field(default=None, repr=False)
-    gram_weight: Tensor | None = field(default=None, repr=False)
+    means: Tensor | None = field(default=None, repr=False)
+    weight: Tensor | None = field(default=None, repr=False)
+    conventions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     groups: Mapping[str, "CollapseReport"] = field(default_factory=dict)
+    heads: Mapping[str, "CollapseReport"] = field(default_factory=dict)
+    layers: Mapping[str, "CollapseReport"] = field(default_factory=dict)
+    iterates: Mapping[str, "CollapseReport"] = field(default_factory=dict)
 
     @property
     def nc2(self) -> float:
         """The one number for NC2: distance of the class means to the simplex ETF."""
         return self.nc2_etf
 
+    @property
+    def gram(self) -> Tensor | None:
+        """(m, m) cosines of the centred class means, computed when asked for; None without samples."""
+        return None if self.means is None else cosine_gram(self.means)
+
+    @property
+    def gram_weight(self) -> Tensor | None:
+        """(m, m) cosines of the classifier rows, computed when asked for; None without them."""
+        return None if self.weight is None else cosine_gram(self.weight)
+
     def as_dict(self, *, per_class: bool = False) -> dict[str, Any]:
-        """For JSON: finite numbers, strings, None for what is absent; `groups` nested.
+        """For JSON: finite numbers, strings, None for what is absent; reports within this one nested.
 
         Args:
-            per_class: also the per-class lists, the classes and the Gram matrices.
+            per_class: also the per-class lists, the classes and, for at most 100 of them, the Gram matrices. The means
+                and the rows themselves are not for JSON.
         """
         out: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name == "groups":
-                out["groups"] = {name: group.as_dict(per_class=per_class) for name, group in value.items()}
-            elif per_class or isinstance(value, str | int | float):
+            if f.name in _NESTED:
+                out[f.name] = {name: report.as_dict(per_class=per_class) for name, report in value.items()}
+            elif f.name == "conventions":
+                out[f.name] = {paper: {k: _jsonable(v) for k, v in values.items()} for paper, values in value.items()}
+            elif f.name not in ("means", "weight") and (per_class or not isinstance(value, tuple)):
                 out[f.name] = _jsonable(value)
+        if per_class and len(self.classes) <= GRAM_CLASSES:
+            out |= {"gram": _jsonable(self.gram), "gram_weight": _jsonable(self.gram_weight)}
         return out
 
     def __str__(self) -> str:
         columns = {"all": self, **self.groups}
-        lines = [("", *columns), ("classes", *(str(len(r.classes)) for r in columns.values()))]
-        lines.append(("samples", *(str(r.samples) for r in columns.values())))
-        for label, name in _TABLE:
-            lines.append((label, *(_number(getattr(r, name)) for r in columns.values())))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in lines]
+        rows = [("", *columns), ("classes", *(str(len(r.classes)) for r in columns.values()))]
+        rows.append(("samples", *(str(r.samples) for r in columns.values())))
+        rows += [(label, *(_number(getattr(r, name)) for r in columns.values())) for label, name in _TABLE]
         notes = f"center {self.center}; NC1 of rank {self.nc1_rank}, condition {_number(self.nc1_condition)}"
-        return "\n".join([*table, f"{notes}; NC4 {self.nc4_source}"])
+        text = [*_lines(rows), *_wrap(f"{notes}; NC4 {self.nc4_source}")]
+        if self.feature_rank is not None:
+            ranks = f"rank {self.feature_rank}, stable rank {_number(self.stable_rank)}"
+            text.append(f"features: {ranks}, participation ratio {_number(self.participation_ratio)}")
+        for kind in _NESTED[1:]:
+            reports = getattr(self, kind)
+            if reports:
+                rows = [(kind, *(label for label, _ in _SHORT))]
+                rows += [(name, *(_number(getattr(r, key)) for _, key in _SHORT)) for name, r in reports.items()]
+                text += ["", *_lines(rows)]
+        for paper, values in self.conventions.items():
+            text += _wrap(f"{paper}: " + ", ".join(f"{name} {_number(value)}" for name, value in values.items()))
+        return "\n".join(text)
 
+
+_NESTED = ("groups", "heads", "layers", "iterates")
 
 _TABLE = (
     ("NC1  tr(S_W S_B^+)/K", "nc1"),
@@ -135,10 +196,16 @@ _TABLE = (
     ("     CDNV", "cdnv"),
     ("NC2  means to ETF", "nc2_etf"),
     ("     weights to ETF", "nc2_etf_weight"),
+    ("     means to SELI", "nc2_seli"),
+    ("     weights to SELI", "nc2_seli_weight"),
+    ("     means to frame", "nc2_gof"),
+    ("     weights to frame", "nc2_gof_weight"),
     ("     means, norms", "nc2_norm"),
     ("     means, angles", "nc2_angle"),
     ("     means, mean cosine", "mean_cosine"),
     ("     weights, mean cosine", "mean_cosine_weight"),
+    ("GNC2 energy gap, log", "gnc2_log"),
+    ("     energy gap, Riesz", "gnc2_riesz"),
     ("NC3  weights to means", "nc3"),
     ("NC4  agreement", "nc4"),
     ("accuracy", "accuracy"),
@@ -146,8 +213,31 @@ _TABLE = (
 )
 
 
+_SHORT = (("NC1", "nc1"), ("CDNV", "cdnv"), ("NC2", "nc2"), ("SELI", "nc2_seli"), ("NC3", "nc3"), ("NC4", "nc4"))
+
+
 def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table with its first column on the left; columns beyond the width follow below, beside the first again."""
+    rows = [[cell if len(cell) <= 40 else f"{cell[:37]}..." for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines, start = [], 1
+    while start < len(widths):
+        stop = start + 1
+        while stop < len(widths) and sum(widths[start : stop + 1]) + 2 * (stop + 1 - start) + widths[0] <= WIDTH:
+            stop += 1
+        for row in rows:
+            cells = [row[0].ljust(widths[0]), *map(str.rjust, row[start:stop], widths[start:stop])]
+            lines.append("  ".join(cells).rstrip())
+        start = stop
+    return lines
+
+
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ")
 
 
 def _jsonable(value: Any) -> Any:

@@ -6,36 +6,11 @@ import math
 import mpmath as mp
 import pytest
 import torch
+from collapsed import crosses, etf, frame, moments_of
 
-from nc_probe import ClassMoments, measure, measures, simplex_etf_gram
+from nc_probe import measure, measures
 
 mp.mp.dps = 60
-
-
-def etf(K, d=None, *, seed=0):
-    """(K, d) unit vectors of a simplex ETF, rotated at random."""
-    corners = torch.eye(K, dtype=torch.float64) - 1 / K
-    return corners / corners[0].norm() @ frame(d or K, K, seed).T
-
-
-def frame(d, r, seed=0):
-    """(d, r) orthonormal columns."""
-    gen = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(d, r, generator=gen, dtype=torch.float64))[0]
-
-
-def crosses(means, Q, s):
-    """Samples mu_k +- s q_j for every column q_j of Q: class covariance (s^2/r) Q Q^T and class means exactly mu_k."""
-    arms = s * torch.cat([Q.T, -Q.T])
-    x = (means[:, None] + arms).flatten(0, 1)
-    return x, torch.arange(len(means)).repeat_interleave(len(arms))
-
-
-def moments_of(x, labels, K, batch=None, **arguments):
-    moments = ClassMoments(K, x.shape[1], **arguments)
-    for xb, yb in zip(x.split(batch or len(x)), labels.split(batch or len(x)), strict=True):
-        moments.update(xb, yb)
-    return moments
 
 
 def mp_nc1(x, labels, center="balanced"):
@@ -173,45 +148,26 @@ def test_perfect_collapse():
     M = etf(10, 32)
     report = measure(moments_of(M + 5, torch.arange(10), 10), 3 * M, groups={"part": [1, 4, 6]})
     for part in (report, report.groups["part"]):
-        names = ["nc1", "nc1_trace", "cdnv", "nc3"]
-        names += [f"nc2_{what}{of}" for what in ("etf", "norm", "angle", "maxangle") for of in ("", "_weight")]
+        names = ["nc1", "nc1_trace", "cdnv", "gnc2_log", "gnc2_riesz", "nc3"]
+        names += [f"nc2_{what}{of}" for what in ("etf", "seli", "norm", "angle", "maxangle") for of in ("", "_weight")]
         for name in names:
             assert getattr(part, name) == pytest.approx(0, abs=1e-9), name
         assert part.mean_cosine == pytest.approx(-1 / 9) and part.nc3_cosine == pytest.approx(1)
+        assert part.mean_norm == pytest.approx(1) and part.mean_norm_weight == pytest.approx(3)
+    assert report.feature_rank == 9
+    assert report.stable_rank == pytest.approx(9) and report.participation_ratio == pytest.approx(9)
 
 
-def pairs_of(rows):
-    unit = torch.nn.functional.normalize(rows, dim=1)
-    return [float(unit[i] @ unit[j]) for i, j in itertools.combinations(range(len(rows)), 2)]
-
-
-@pytest.mark.parametrize("tile", [2, 1024])
-def test_pairwise_measures_against_loops(monkeypatch, tile):
-    monkeypatch.setattr(measures, "TILE", tile)
+def test_wide_and_tall_means_have_the_inverse_of_their_covariance():
+    """The factorisation starts from the longer side; S_B^+ is the same matrix."""
     gen = torch.Generator().manual_seed(0)
-    rows, variances = torch.randn(7, 4, generator=gen).double(), torch.rand(7, generator=gen).double()
-    cosines = torch.tensor(pairs_of(rows), dtype=torch.float64)
-    angle, maxangle = measures.equiangle(rows)
-    assert angle == pytest.approx(float(cosines.std(correction=0)))
-    assert maxangle == pytest.approx(float((cosines + 1 / 6).abs().mean()))
-    assert measures.equiangle(rows, num_classes=11)[1] == pytest.approx(float((cosines + 1 / 10).abs().mean()))
-    assert measures.mean_cosine(rows) == pytest.approx(float(cosines.mean()))
-    norms = torch.tensor([math.sqrt(sum(v * v for v in row)) for row in rows.tolist()], dtype=torch.float64)
-    assert measures.equinorm(rows) == pytest.approx(float(((norms - norms.mean()) ** 2).mean().sqrt() / norms.mean()))
-    for K in (7, 11):
-        G, E = rows @ rows.T, simplex_etf_gram(K)[:7, :7]
-        expected = float((G / torch.linalg.matrix_norm(G) - E / torch.linalg.matrix_norm(E)).square().sum().sqrt())
-        assert measures.etf_distance(rows, num_classes=K) == pytest.approx(expected)
-    total = 0.0
-    for i, j in itertools.permutations(range(7), 2):
-        total += float((variances[i] + variances[j]) / (2 * sum((rows[i] - rows[j]) ** 2)))
-    assert measures.cdnv(rows, variances) == pytest.approx(total / 42)
-    assert measures.cosine_gram(rows)[torch.triu_indices(7, 7, 1).unbind()].tolist() == pytest.approx(cosines.tolist())
-
-
-def test_cdnv_of_merged_means_far_from_the_origin():
-    means = 1e3 + torch.tensor([[0.0, 0.0], [2.0**-20, 0.0]], dtype=torch.float64)
-    assert measures.cdnv(means, torch.ones(2, dtype=torch.float64)) == 2.0**40
+    for K, d in ((4, 9), (9, 4), (6, 6), (1, 3), (3, 1)):
+        rows, pi = torch.randn(K, d, generator=gen).double(), torch.rand(K, generator=gen).double()
+        inverse = measures.between_inverse(rows, pi)
+        S_B = sum(p * torch.outer(row, row) for p, row in zip(pi, rows, strict=True))
+        expected = torch.linalg.pinv(S_B, rtol=1e-12)
+        assert inverse.rank == min(K, d) and inverse.basis.shape == (d, min(K, d))
+        torch.testing.assert_close(inverse.basis @ inverse.basis.T, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_self_duality():
@@ -226,21 +182,33 @@ def test_self_duality():
     assert measures.self_duality_cosines(W, M).tolist() == pytest.approx(expected)
 
 
-def test_minority_collapse_is_seen():
-    rows = torch.cat([etf(3, 8), torch.ones(7, 8).double() + 1e-5 * frame(8, 7).T])
-    x = torch.cat([rows, rows + 1e-3, rows - 1e-3])
-    report = measure(moments_of(x, torch.arange(10).repeat(3), 10), rows, groups={"minority": range(3, 10)})
-    assert report.groups["minority"].mean_cosine == pytest.approx(1, abs=1e-8)
-    assert report.groups["minority"].mean_cosine_weight == pytest.approx(1, abs=1e-8)
-    assert report.mean_cosine < 0.5
-
-
 def test_undefined_is_nan():
-    one = torch.ones(1, 3, dtype=torch.float64)
-    values = [measures.equinorm(one), *measures.equiangle(one), measures.mean_cosine(one), measures.etf_distance(one)]
-    values += [measures.cdnv(one, one[0, :1]), measures.equinorm(one[:0]), measures.self_duality(one[:0], one[:0])]
-    values += [measures.etf_distance(torch.zeros(3, 4).double()), measures.equiangle(torch.zeros(3, 4).double())[0]]
-    values += [measures.trace_quotient(one.sum(), 0 * one.sum())]
-    inverse = measures.between_inverse(torch.zeros(3, 4).double(), torch.full((3,), 1 / 3).double())
+    one, zero = torch.ones(1, 3, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
+    values = [measures.equinorm(one), measures.equinorm(one[:0]), measures.self_duality(one[:0], one[:0])]
+    values += [measures.mean_norm(one[:0]), measures.trace_quotient(one.sum(), 0 * one.sum())]
+    inverse = measures.between_inverse(zero, torch.full((3,), 1 / 3).double())
     values += [inverse.condition, measures.nc1(inverse, torch.eye(4).double(), 3)]
-    assert all(map(math.isnan, values)) and inverse.rank == 0
+    ranks = measures.spectrum(torch.zeros(4, 4).double(), torch.ones(4).double())
+    values += [ranks.stable_rank, ranks.participation_ratio]
+    assert all(map(math.isnan, values)) and inverse.rank == ranks.rank == 0
+
+
+def test_spectrum_of_known_eigenvalues():
+    Q = frame(6, 6)
+    total = (Q * torch.tensor([4.0, 2.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64)) @ Q.T
+    ranks = measures.spectrum(total, torch.zeros(6, dtype=torch.float64))
+    assert ranks.rank == 4
+    assert ranks.stable_rank == pytest.approx(2) and ranks.participation_ratio == pytest.approx(64 / 22)
+
+
+@pytest.mark.parametrize("offset", [0, 30])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rank_of_rounded_features(dtype, offset):
+    """Features of rank 5 in 24 dimensions: rounded, they have rank 24 to the letter, yet 5 is what they hold."""
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 5, generator=gen, dtype=torch.float64) @ torch.randn(5, 24, generator=gen).double() + offset
+    x, labels = x.to(dtype), torch.arange(500) % 4
+    moments = moments_of(x, labels, 4)
+    assert measure(moments, None, features_dtype=dtype).feature_rank == 5
+    if dtype in (torch.bfloat16, torch.float16):
+        assert measure(moments, None, features_dtype=torch.float64).feature_rank == 24

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from nc_probe import Agreement, ClassMoments, CollapseReport, measure, measures
+from nc_probe import Agreement, ClassMoments, CollapseReport, measure, measures, simplex_etf
+from nc_probe.pairwise import cosine_gram, gram_distance, mean_cosine
 from nc_probe.plots import plot_grams
 
 K, d = 5, 7
@@ -38,10 +39,12 @@ def test_global_centre_and_weighting():
         assert report.nc1_trace == pytest.approx(float(pi @ within / (pi @ M.square().sum(1))))
         assert report.class_variance == pytest.approx(within.tolist())
         assert report.nc3 == pytest.approx(measures.self_duality(W, M))
-        assert report.nc2 == report.nc2_etf == pytest.approx(measures.etf_distance(M))
-        assert report.nc2_etf_weight == pytest.approx(measures.etf_distance(W))
-        torch.testing.assert_close(report.gram, measures.cosine_gram(M))
-        torch.testing.assert_close(report.gram_weight, measures.cosine_gram(W))
+        assert report.nc2 == report.nc2_etf == pytest.approx(gram_distance(M, simplex_etf(K)))
+        assert report.nc2_etf_weight == pytest.approx(gram_distance(W, simplex_etf(K)))
+        torch.testing.assert_close(report.means, M)
+        torch.testing.assert_close(report.weight, W)
+        torch.testing.assert_close(report.gram, cosine_gram(M))
+        torch.testing.assert_close(report.gram_weight, cosine_gram(W))
 
 
 def test_groups_take_their_classes_about_the_global_centre():
@@ -55,9 +58,9 @@ def test_groups_take_their_classes_about_the_global_centre():
     # rank 3 in 7 dimensions, well conditioned: a plain pseudo-inverse will do
     assert group.nc1 == pytest.approx(float(torch.trace(S_W @ torch.linalg.pinv(S_B))) / 3, rel=1e-9)
     assert group.nc1_rank == 3
-    assert group.nc2_etf == pytest.approx(measures.etf_distance(M, num_classes=K))
-    assert group.nc2_etf_weight == pytest.approx(measures.etf_distance(W[2:], num_classes=K))
-    assert group.mean_cosine == pytest.approx(measures.mean_cosine(M))
+    assert group.nc2_etf == pytest.approx(gram_distance(M, simplex_etf(K, size=3)))
+    assert group.nc2_etf_weight == pytest.approx(gram_distance(W[2:], simplex_etf(K, size=3)))
+    assert group.mean_cosine == pytest.approx(mean_cosine(M))
     assert group.nc3 == pytest.approx(measures.self_duality(W[2:], M))
 
 
@@ -65,7 +68,8 @@ def test_group_of_all_classes_is_the_whole():
     gen = torch.Generator().manual_seed(1)
     x, labels, W = torch.randn(90, d, generator=gen), torch.arange(90) % K, torch.randn(K, d, generator=gen)
     report = measure(ClassMoments(K, d).update(x, labels), W, groups={"all": range(K)})
-    assert report.groups["all"].as_dict(per_class=True) == {**report.as_dict(per_class=True), "groups": {}}
+    of_all = {"groups": {}, "feature_rank": None, "stable_rank": None, "participation_ratio": None}
+    assert report.groups["all"].as_dict(per_class=True) == {**report.as_dict(per_class=True), **of_all}
 
 
 def test_class_means_are_classified_with_the_bias():
@@ -98,7 +102,30 @@ def test_json_is_finite_and_complete():
     again = example()[0].as_dict(per_class=True)
     assert again["gram"][2][2] == pytest.approx(1) and len(again["class_nc1"]) == K
     names = {f.name for f in dataclasses.fields(CollapseReport)}
-    assert set(again) == names
+    assert set(again) == names - {"means", "weight"} | {"gram", "gram_weight"}
+    assert "means=" not in repr(example()[0])
+
+
+def test_grams_of_many_classes_are_not_for_json():
+    labels = torch.arange(101)
+    report = measure(ClassMoments(101, 3).update(torch.randn(101, 3), labels), None, groups={"most": range(100)})
+    again = report.as_dict(per_class=True)
+    assert "gram" not in again and len(again["groups"]["most"]["gram"]) == 100
+    assert report.gram.shape == (101, 101) and report.gram_weight is None
+
+
+def test_reports_of_other_features_are_nested():
+    report = example()[0]
+    inner = {"layer2": example(weight=False)[0], "a name that is far too long for one column of any table": report}
+    whole = dataclasses.replace(report, layers=inner, iterates={"step 1": report}, heads={"aux": report})
+    again = json.loads(json.dumps(whole.as_dict(), allow_nan=False))
+    assert again["layers"]["layer2"]["nc1"] == inner["layer2"].nc1 and again["layers"]["layer2"]["nc3"] is None
+    assert again["iterates"]["step 1"]["groups"]["minority"]["nc1"] == report.groups["minority"].nc1
+    assert again["heads"]["aux"]["nc2_seli"] == report.nc2_seli
+    lines = str(whole).splitlines()
+    row = next(line for line in lines if line.startswith("layer2")).split()
+    assert row[:2] == ["layer2", f"{report.nc1:.4g}"] and row[-1] == "-"
+    assert max(map(len, lines)) <= 120 and not any(line != line.rstrip() for line in lines)
 
 
 def test_absent_classifier_is_absent_not_zero():
@@ -122,7 +149,8 @@ def test_table():
     values = lines[3].removeprefix("NC1  tr(S_W S_B^+)/K").split()
     expected = [report.nc1, report.groups["majority"].nc1, report.groups["minority"].nc1]
     assert [float(v) for v in values[:3]] == pytest.approx(expected, rel=1e-3) and values[3] == "-"
-    assert "center balanced; NC1 of rank 4" in lines[-1]
+    assert lines[-2].startswith("center balanced; NC1 of rank 4, condition ")
+    assert lines[-1].startswith("features: rank 7, stable rank ")
     assert max(map(len, lines)) <= 120
 
 
@@ -143,12 +171,42 @@ def test_bad_arguments(arguments, message):
         measure(moments, weight, bias, **arguments)
 
 
+def test_table_of_many_groups_goes_on_below():
+    groups = {f"a group with the number {i}": [i % K, (i + 1) % K] for i in range(12)}
+    x, labels = torch.randn(50, d), torch.arange(50) % K
+    report = measure(ClassMoments(K, d).update(x, labels), torch.randn(K, d), groups=groups)
+    text = str(report)
+    assert max(map(len, text.splitlines())) <= 120
+    assert all(f"{group.nc1:.4g}" in text for group in report.groups.values())
+    assert text.count("NC1  tr(S_W S_B^+)/K") > 1 and all(name in text for name in groups)
+
+
 def test_one_class_and_one_sample():
     report = measure(ClassMoments(K, d).update(torch.ones(1, d), torch.tensor([3])), torch.ones(K, d))
     assert report.classes == (3,) and report.samples == 1
     assert all(math.isnan(v) for v in (report.nc1, report.cdnv, report.nc2_etf, report.nc2_norm, report.mean_cosine))
+    assert math.isnan(report.nc2_seli_weight) and math.isnan(report.stable_rank) and report.feature_rank == 0
     json.dumps(report.as_dict(per_class=True), allow_nan=False)
     str(report)
+
+
+@pytest.mark.parametrize("center", ["balanced", "empirical"])
+@pytest.mark.parametrize("features", [1, 2, 6])
+@pytest.mark.parametrize("counts", [[4], [1], [4, 1], [0, 3, 0], [1, 0, 1], [1, 1, 1], [5, 0, 1, 1]])
+def test_what_few_classes_and_samples_leave_undefined_is_no_exception(center, features, counts):
+    many, labels = len(counts), torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    x = torch.randn(len(labels), features, generator=torch.Generator().manual_seed(0))
+    moments = ClassMoments(many, features).update(x, labels)
+    groups = {"first": [0], "last": [many - 1], "all": range(many), "none": []}
+    papers = ("papyan2020", "zhu2021", "fang2021")
+    for weight in (torch.randn(many, features), torch.zeros(many, features), None):
+        report = measure(moments, weight, center=center, groups=groups, conventions=papers)
+        json.dumps(report.as_dict(per_class=True), allow_nan=False)
+        assert len(str(report)) > 0 and report.samples == sum(counts)
+        if sum(n > 0 for n in counts) < 2:
+            assert all(math.isnan(v) for v in (report.nc1, report.cdnv, report.nc2_seli, report.gnc2_log))
+        else:
+            assert report.nc2_seli >= 0 and report.cdnv >= 0
 
 
 def test_grams_are_drawn_in_the_order_of_groups(tmp_path):

@@ -1,0 +1,147 @@
+"""Neural collapse as papers published it, each with its own centre, weighting and normalisation.
+
+The report has one convention for all of its numbers; published numbers have others, and on imbalanced data they differ
+by more than the effects they are about. Here are the formulas of the papers, on any data, so that a number can stand
+beside theirs. They agree with the released code in exact arithmetic: pseudo-inverses come from singular values in
+float64, and what is rounding in them is left out.
+
+Classes without samples are left out, but for the measures of W alone, which take all its rows. NaN stands for what is
+absent or undefined, or for a weighting that the moments cannot resolve.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from nc_probe import measures, pairwise
+from nc_probe.geometry import simplex_etf
+from nc_probe.moments import ClassMoments, exact_arithmetic
+from nc_probe.report import NAN, Agreement
+
+__all__ = ["CONVENTIONS", "fang2021", "papyan2020", "zhu2021"]
+
+
+def papyan2020(
+    moments: ClassMoments,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    agreement: Agreement | None = None,
+    groups: Mapping[str, Tensor] | None = None,
+) -> dict[str, float]:
+    """Papyan, Han & Donoho, PNAS 117(40), 2020, as in the notebook released with it.
+
+    mu_G is the mean of class means, S_W = (1/N) sum over all samples, S_B = (1/K) sum_k m_k m_k^T of rank K - 1.
+
+    Returns:
+        nc1: tr(S_W S_B^+), without the 1/K that fig. 6 has. [0, inf), 0 at collapse.
+        nc2_norm, nc2_norm_weight: standard deviation (unbiased) over mean, of the norms of m_k and of w_k. [0, sqrt K].
+        nc2_angle, nc2_angle_weight: mean over i != j of |cos + 1/(K-1)|. [0, 1 + 1/(K-1)].
+        nc3: || W/||W||_F - M/||M||_F ||_F^2, squared. [0, 4].
+        nc4: share of samples on which the classifier and the nearest class mean disagree. [0, 1], 0 at collapse.
+    """
+    with exact_arithmetic(moments.device):
+        W = _rows(moments, weight)
+        seen = moments.count > 0
+        K, n, mu = int(seen.sum()), moments.count[seen], moments.mean[seen]
+        M = mu - mu.mean(0)
+        norm, angle = _unbiased_equinorm(M), pairwise.equiangle(M)[1]
+        values = {"nc1": _nc1(moments, M, K - 1), "nc2_norm": norm, "nc2_norm_weight": NAN}
+        values |= {"nc2_angle": angle, "nc2_angle_weight": NAN, "nc3": NAN, "nc4": NAN}
+        if W is not None:
+            values["nc2_norm_weight"] = _unbiased_equinorm(W)
+            values["nc2_angle_weight"] = pairwise.equiangle(W)[1]
+            values["nc3"] = measures.self_duality(W[seen], M) ** 2
+        if agreement is not None and agreement.agree is not None:
+            values["nc4"] = 1 - float(agreement.agree.sum()) / float(n.sum())
+    return values
+
+
+def zhu2021(
+    moments: ClassMoments,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    agreement: Agreement | None = None,
+    groups: Mapping[str, Tensor] | None = None,
+) -> dict[str, float]:
+    """Zhu et al., "A Geometric Analysis of Neural Collapse with Unconstrained Features", NeurIPS 2021.
+
+    mu_G is the mean of all samples, S_W = (1/N) sum over all samples, S_B = (1/K) sum_k (mu_k - mu_G)(mu_k - mu_G)^T:
+    every class counts once in it, but about the centre of samples. On imbalanced data it may have rank K.
+
+    Returns:
+        nc1: tr(S_W S_B^+) / K. [0, inf), 0 at collapse.
+        nc2: || W W^T/||W W^T||_F - (I - 1 1^T/K)/sqrt(K-1) ||_F. [0, sqrt 2].
+        nc3: || W H/||W H||_F - (I - 1 1^T/K)/sqrt(K-1) ||_F, the columns of H being mu_k - mu_G. [0, 2].
+        nc3_bias: || W mu_G + b ||, b = 0 if there is none. [0, inf). At collapse the bias takes the centre back; the
+            code released has W mu_G - b.
+    """
+    with exact_arithmetic(moments.device):
+        W = _rows(moments, weight)
+        seen = moments.count > 0
+        K, n, mu = int(seen.sum()), moments.count[seen].double(), moments.mean[seen]
+        center = (n / n.sum()) @ mu
+        M = mu - center
+        values = {"nc1": _nc1(moments, M, K) / K, "nc2": NAN, "nc3": NAN, "nc3_bias": NAN}
+        if W is not None:
+            if len(W) > 1:
+                values["nc2"] = pairwise.gram_distance(W, simplex_etf(len(W)))
+            if K > 1:
+                values["nc3"] = pairwise.gram_distance(W[seen], simplex_etf(K), M)
+            image = W @ center
+            values["nc3_bias"] = float((image if bias is None else image + bias.detach().to(image)).norm())
+    return values
+
+
+def fang2021(
+    moments: ClassMoments,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    agreement: Agreement | None = None,
+    groups: Mapping[str, Tensor] | None = None,
+) -> dict[str, float]:
+    """Fang, He, Long & Su, "Exploring deep neural networks via layer-peeled model", PNAS 118(43), 2021.
+
+    Returns:
+        cosine_NAME: for each group, mean cosine between all pairs of its classifier rows. [-1/(m-1), 1]; minority
+            collapse is 1 in the minority.
+        norm_ratio: mean norm of the classifier rows of group "majority" over that of group "minority". [0, inf); only
+            where both are named.
+    """
+    with exact_arithmetic(moments.device):
+        W, groups = _rows(moments, weight), groups or {}
+        values = {f"cosine_{name}": NAN if W is None else pairwise.mean_cosine(W[of]) for name, of in groups.items()}
+        if {"majority", "minority"} <= groups.keys():
+            norms = [NAN if W is None else measures.mean_norm(W[groups[name]]) for name in ("majority", "minority")]
+            values["norm_ratio"] = norms[0] / norms[1] if norms[1] else NAN
+    return values
+
+
+Convention = Callable[
+    [ClassMoments, Tensor | None, Tensor | None, Agreement | None, Mapping[str, Tensor] | None],
+    dict[str, float],
+]
+
+CONVENTIONS: Mapping[str, Convention] = {"papyan2020": papyan2020, "zhu2021": zhu2021, "fang2021": fang2021}
+
+
+def _rows(moments: ClassMoments, weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.detach().to(moments.mean)
+
+
+def _nc1(moments: ClassMoments, centered: Tensor, max_rank: int) -> float:
+    """tr(S_W S_B^+) with S_W over all samples and every class once in S_B."""
+    n, K = moments.count.double(), len(centered)
+    per_sample = torch.full_like(n, 1 / float(n.sum()))
+    if K < 2 or not moments.resolves(per_sample):
+        return NAN
+    weights = torch.full_like(centered[:, 0], 1 / K)
+    magnitude = math.sqrt(float(moments.mean.square().sum()) / K)
+    inverse = measures.between_inverse(centered, weights, max_rank=max_rank, magnitude=magnitude)
+    return measures.nc1(inverse, moments.within(per_sample), 1)
+
+
+def _unbiased_equinorm(rows: Tensor) -> float:
+    norms = rows.norm(dim=1)
+    return float(norms.std() / norms.mean()) if len(rows) > 1 else NAN

@@ -1,0 +1,199 @@
+"""Measures of neural collapse that compare classes two by two, tile by tile: a K x K matrix is never held.
+
+Notation as in `nc_probe.measures`. Every class counts once. What is undefined (one class, a zero vector) is NaN.
+
+Sources:
+
+* `papyan2020`: Papyan, Han & Donoho, PNAS 117(40), 2020.
+* `fang2021`: Fang, He, Long & Su, PNAS 118(43), 2021. Minority collapse.
+* `zhu2021`: Zhu et al., "A Geometric Analysis of Neural Collapse with Unconstrained Features", NeurIPS 2021.
+* `galanti2022`: Galanti, Gyorgy & Hutter, ICLR 2022. CDNV.
+* `liu2023`: Liu, Yu, Weller & Scholkopf, "Generalizing and Decoupling Neural Collapse via Hyperspherical Uniformity
+  Gap", ICLR 2023 (GNC2); with the logarithmic kernel also Wu & Papyan, "Linguistic Collapse", NeurIPS 2024.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nc_probe.geometry import ReferenceGram, simplex_etf_cosine
+
+__all__ = ["cdnv", "cosine_gram", "equiangle", "gram_distance", "mean_cosine", "unit", "uniformity_gap"]
+
+# Rows of a K x K matrix held at once: 512 x 21841 float64 is 89 MB, the whole would be 3.8 GB.
+TILE = 512
+
+# Numbers in the differences of pairs taken at once: 4 MB.
+PAIRS = 2**19
+
+
+def cdnv(means: Tensor, variances: Tensor) -> float:
+    """Class-distance normalised variance: mean over i != j of (v_i + v_j) / (2 ||mu_i - mu_j||^2).
+
+    Range [0, inf]; 0 at collapse, infinite if two class means coincide. `galanti2022`.
+
+    Args:
+        means: (K, d), centred or not.
+        variances: (K,) v_k = tr S_k / n_k.
+    """
+    K = len(means)
+    if K < 2:
+        return math.nan
+    total = 0.0
+    for start, gaps in _squared_gaps(means):
+        v = variances[start:]
+        # Ordered pairs: (v_i + v_j) / (2 gap) twice. With no variance at all coinciding means are 0/0: NaN.
+        total += float(((v[: len(gaps), None] + v) / gaps).sum())
+    return total / (K * (K - 1))
+
+
+def uniformity_gap(rows: Tensor, *, num_classes: int | None = None) -> tuple[float, float]:
+    """GNC2, hyperspherical energy of the directions u_i = row_i / ||row_i|| above that of the simplex ETF.
+
+    Two kernels, the mean over i != j of
+
+    * log(1 / ||u_i - u_j||), minus its value at the ETF;
+    * ||u_i - u_j||^{-s} with s = d - 2, the Riesz kernel that is harmonic in d dimensions; as a generalised mean,
+      log(mean)/s, minus its value at the ETF. Powers with s of a thousand leave the range of float64, their logarithms
+      do not. NaN where d < 3.
+
+    With the distance of the ETF, delta = sqrt(2 K/(K-1)), both are a mean of log(delta / ||u_i - u_j||): the plain one,
+    and one that with growing s looks at the closest pair alone. Range [0, inf] for all K classes, of which the ETF is
+    the minimum (where d < K - 1 there is none, and the minimum is above 0), [-log(2/delta), inf] for a part. 0 at the
+    ETF, infinite if two directions coincide. `liu2023`.
+
+    Args:
+        rows: (m, d) centred class means: all K, or those of a group.
+        num_classes: K of the simplex that the rows should be part of. Default: m.
+
+    Returns:
+        The gaps for the logarithmic and for the Riesz kernel.
+    """
+    m, s = len(rows), rows.shape[1] - 2
+    if m < 2:
+        return math.nan, math.nan
+    total, parts = 0.0, []
+    for _, gaps in _squared_gaps(unit(rows)):
+        logs = -gaps.log() / 2
+        parts.append((s * logs).flatten().logsumexp(0))
+        total += float(logs.masked_fill_(gaps == math.inf, 0.0).sum())
+    pairs, etf = m * (m - 1) / 2, math.log(2 - 2 * simplex_etf_cosine(num_classes or m)) / 2
+    log_gap = total / pairs + etf
+    riesz_gap = float(torch.stack(parts).logsumexp(0) - math.log(pairs)) / s + etf if s > 0 else math.nan
+    return log_gap, riesz_gap
+
+
+def equiangle(rows: Tensor, *, num_classes: int | None = None) -> tuple[float, float]:
+    """NC2, equal angles: of the cosines of all pairs, (standard deviation, mean |cos + 1/(K-1)|).
+
+    Ranges [0, 1] and [0, 1 + 1/(K-1)]; both 0 for a simplex ETF. `papyan2020`, figs. 3 and 4.
+
+    Args:
+        rows: (m, d) centred means or classifier rows: all K, or those of a group.
+        num_classes: K of the simplex that the rows should be part of. Default: m.
+    """
+    m = len(rows)
+    if m < 2:
+        return math.nan, math.nan
+    target, mean, directions = simplex_etf_cosine(num_classes or m), mean_cosine(rows), unit(rows)
+    squares = deviation = 0.0
+    for start in range(0, m, TILE):
+        cosines = directions[start : start + TILE] @ directions[start:].T
+        seen = _seen(cosines)
+        squares += float((cosines - mean).masked_fill_(seen, 0.0).square().sum())
+        deviation += float((cosines - target).masked_fill_(seen, 0.0).abs().sum())
+    pairs = m * (m - 1) / 2
+    return math.sqrt(squares / pairs), deviation / pairs
+
+
+def mean_cosine(rows: Tensor) -> float:
+    """Mean cosine over all pairs of rows. Range [-1/(m-1), 1].
+
+    -1/(K-1) for a simplex ETF; 1 if the rows have merged to one direction, as minority classes do beyond a critical
+    imbalance (`fang2021`).
+    """
+    m = len(rows)
+    # The sum over all ordered pairs is ||sum of unit rows||^2, of which m are a row with itself.
+    return float(unit(rows).sum(0).square().sum() - m) / (m * (m - 1)) if m > 1 else math.nan
+
+
+def cosine_gram(rows: Tensor) -> Tensor:
+    """(m, m) cosines of all pairs of rows (m, d); NaN beside a zero row."""
+    return unit(rows) @ unit(rows).T
+
+
+def gram_distance(rows: Tensor, reference: ReferenceGram, other: Tensor | None = None) -> float:
+    """NC2, distance to a reference geometry: || G/||G||_F - E/||E||_F ||_F with G = rows rows^T, E the reference.
+
+    Range [0, sqrt 2]; 0 for rows of that geometry in any size and orientation. `zhu2021` (ETF, there with rows = W);
+    Thrampoulidis et al. 2022 (SELI); Dang et al. 2023 (orthogonal frame).
+
+    Args:
+        rows: (m, d) class means or classifier rows.
+        reference: Gram matrix of m classes.
+        other: (m, d), for G = rows other^T; the range is then [0, 2]. Default: rows.
+    """
+    m, d = rows.shape
+    if m < 2:
+        return math.nan
+    reference, other = reference.to(rows.device), rows if other is None else other
+    # <a b^T, a b^T> = <a^T a, b^T b>: of K x K and d x d matrices take the smaller.
+    square = (rows @ other.T).square().sum() if m <= d else ((rows.T @ rows) * (other.T @ other)).sum()
+    norm, reference_norm = math.sqrt(float(square)), reference.norm()
+    if not norm * reference_norm > 0:
+        return math.nan
+    squared = 2 - 2 * reference.inner(rows, other) / (norm * reference_norm)
+    if squared < 1e-3:  # it is right to 1e-14 or so, not enough where so much of the 2 cancels: entry by entry then
+        squared = 0.0
+        for start in range(0, m, TILE):
+            gram = rows[start : start + TILE] @ other.T
+            squared += float((gram / norm - reference.rows(start, start + TILE) / reference_norm).square().sum())
+    return math.sqrt(squared)
+
+
+def unit(rows: Tensor) -> Tensor:
+    """(m, d) the rows over their norms; NaN for a zero row."""
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def _seen(tile: Tensor) -> Tensor:
+    """Mask of a tile (t, m - start) of the rows from `start` against all from `start` on: pairs i >= j."""
+    return torch.ones(tile.shape, dtype=torch.bool, device=tile.device).tril()
+
+
+def _squared_gaps(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(start, squared distances (t, m - start) of t rows to all from `start` on), infinite where i >= j.
+
+    ||a||^2 + ||b||^2 - 2 a.b is one matrix product, and loses as many digits as the distance is small beside the norms.
+    So it is taken about the mean of the rows, and where minority means merge again about one of them.
+    """
+    centered = rows - rows.mean(0)
+    for start in range(0, len(rows), TILE):
+        gaps, close = _expanded_gaps(centered[start : start + TILE], centered[start:])
+        seen = _seen(gaps)
+        gaps.masked_fill_(seen, math.inf)
+        close &= ~seen
+        while close.any():
+            # The first row with close pairs left and all that is close to it: as columns, and as rows of this tile.
+            pivot = close.any(1).nonzero()[0]
+            columns = close[pivot[0]].nonzero()[:, 0]
+            members = torch.cat([pivot, columns[columns < len(gaps)]])
+            origin = rows[start + pivot]
+            local, still = _expanded_gaps(rows[start + members] - origin, rows[start + columns] - origin)
+            asked = close[members[:, None], columns]
+            # What is closer still is exact by differences.
+            indices = (still & asked).nonzero(as_tuple=True)
+            for i, j in zip(*(index.split(max(1, PAIRS // rows.shape[1])) for index in indices), strict=True):
+                local[i, j] = (rows[start + members[i]] - rows[start + columns[j]]).square().sum(1)
+            gaps[members[:, None], columns] = torch.where(asked, local, gaps[members[:, None], columns])
+            close[members[:, None], columns] = False
+        yield start, gaps
+
+
+def _expanded_gaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances of rows, and which of them are below 1e-4 of the squared norms: there digits are missing."""
+    scale = a.square().sum(1)[:, None] + b.square().sum(1)
+    gaps = torch.addmm(scale, a, b.T, alpha=-2)
+    return gaps, gaps < 1e-4 * scale
