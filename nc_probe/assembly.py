@@ -201,8 +201,9 @@ class _Pass:
             values["nc2_seli_weight"] = pairwise.gram_distance(W, self.seli[0].subset(position))
             values["nc2_gof_weight"] = pairwise.gram_distance(W, self.frame[0].subset(position))
             cosines = measures.self_duality_cosines(W, M)
-            logits = self.moments.mean[shown] @ self.weight.T
-            chosen = (logits if self.bias is None else logits + self.bias).argmax(1)
+            bias = 0 if self.bias is None else self.bias
+            tiles = self.moments.mean[shown].split(pairwise.TILE)
+            chosen = torch.cat([(tile @ self.weight.T + bias).argmax(1) for tile in tiles])
             values |= {
                 "class_norm_weight": tuple(W.norm(dim=1).tolist()),
                 "weight": W.cpu(),
