@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from nc_probe import measures, pairwise
-from nc_probe.conventions import CONVENTIONS
+from nc_probe.conventions import CONVENTIONS, INVERSES, check_conventions
 from nc_probe.geometry import orthogonal_frame, seli, simplex_etf
-from nc_probe.moments import ClassMoments, exact_arithmetic
-from nc_probe.report import NAN, Agreement, CollapseReport
+from nc_probe.moments import ClassMoments
+from nc_probe.precision import exact_arithmetic
+from nc_probe.report import Agreement, CollapseReport
+from nc_probe.second_look import Looked
 
-__all__ = ["CENTERS", "check_groups", "measure"]
+__all__ = ["CENTERS", "Measurement", "check_groups", "measure"]
 
 CENTERS = ("balanced", "empirical")
 
@@ -47,38 +49,8 @@ def measure(
     Raises:
         ValueError: a bad argument, no samples, or moments that do not resolve the weighting.
     """
-    if center not in CENTERS:
-        raise ValueError(f"center must be one of {CENTERS}, got {center!r}")
-    K, d = moments.num_classes, moments.num_features
-    if weight is not None and weight.shape != (K, d):
-        raise ValueError(f"weight must have shape {(K, d)} as the moments have, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != (K,):
-        raise ValueError(f"bias must have shape {(K,)}, got {tuple(bias.shape)}")
-    members, papers = check_groups(groups, K), tuple(conventions)
-    for paper in papers:
-        if paper not in CONVENTIONS:
-            raise ValueError(f"conventions must be among {tuple(CONVENTIONS)}, got {paper!r}")
-    moments.check()
-    if not moments.count.any():
-        raise ValueError("moments must hold at least one sample, got none: call update first")
-    with exact_arithmetic(moments.device):
-        if weight is not None:
-            weight = weight.detach().to(moments.mean)
-        if bias is not None:
-            bias = bias.detach().to(moments.mean)
-        measured = _Pass(moments, weight, bias, center, agreement)
-        report = measured.report(torch.arange(K), whole=True)
-        spectrum = measured.spectrum(features_dtype)
-        parts = {name: measured.report(classes, whole=False) for name, classes in members.items()}
-        published = {paper: CONVENTIONS[paper](moments, weight, bias, agreement, members) for paper in papers}
-    return dataclasses.replace(
-        report,
-        feature_rank=spectrum.rank,
-        stable_rank=spectrum.stable_rank,
-        participation_ratio=spectrum.participation_ratio,
-        conventions=published,
-        groups=parts,
-    )
+    settings = {"center": center, "groups": groups, "conventions": conventions, "features_dtype": features_dtype}
+    return Measurement(moments, weight, bias, **settings).report(agreement)
 
 
 def check_groups(groups: Mapping[str, Iterable[int]] | None, num_classes: int) -> dict[str, Tensor]:
@@ -96,38 +68,115 @@ def check_groups(groups: Mapping[str, Iterable[int]] | None, num_classes: int) -
     return checked
 
 
-class _Pass:
-    """What the report of all classes and those of the groups share."""
+class Measurement:
+    """What the report of all classes and those of the groups share; `measure` has the arguments.
+
+    NC1 and the ranks of the features rest on the within-class scatter: that of the moments or, where they have none,
+    what a second look at the features finds of `bases` and `class_weights`.
+
+    Attributes:
+        class_weights: (K,) with S_W = sum_k class_weights[k] S_k.
+    """
 
     def __init__(
         self,
         moments: ClassMoments,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        center: str,
-        agreement: Agreement | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        center: str = "balanced",
+        groups: Mapping[str, Iterable[int]] | None = None,
+        conventions: Iterable[str] = (),
+        features_dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.moments, self.weight, self.bias, self.center, self.agreement = moments, weight, bias, center, agreement
-        self.present = (moments.count > 0).cpu()
-        self.num_present = int(self.present.sum())
-        n = moments.count.double()
-        mass = n if center == "empirical" else (n > 0).double()
-        self.pi = mass / mass.sum()
-        self.per_sample = self.pi / n.clamp(min=1)
-        self.origin = self.pi @ moments.mean
-        self.centered = moments.mean - self.origin
-        # Geometries of the classes with samples, and where in them a class stands.
-        self.seli, self.frame = seli(moments.count), orthogonal_frame(moments.count)
-        self.position = self.present.cumsum(0) - 1
-        self.magnitude = float((self.pi @ moments.mean.square().sum(1)).sqrt())
+        if center not in CENTERS:
+            raise ValueError(f"center must be one of {CENTERS}, got {center!r}")
+        K, d = moments.num_classes, moments.num_features
+        if weight is not None and weight.shape != (K, d):
+            raise ValueError(f"weight must have shape {(K, d)} as the moments have, got {tuple(weight.shape)}")
+        if bias is not None and bias.shape != (K,):
+            raise ValueError(f"bias must have shape {(K,)}, got {tuple(bias.shape)}")
+        check_conventions(conventions)
+        moments.check()
+        if not moments.count.any():
+            raise ValueError("moments must hold at least one sample, got none: call update first")
+        self.moments, self.center, self.features_dtype = moments, center, features_dtype
+        self.members, self.papers = check_groups(groups, K), tuple(conventions)
+        with exact_arithmetic(moments.device):
+            self.weight = None if weight is None else weight.detach().to(moments.mean)
+            self.bias = None if bias is None else bias.detach().to(moments.mean)
+            self.present = (moments.count > 0).cpu()
+            self.num_present = int(self.present.sum())
+            n = moments.count.double()
+            mass = n if center == "empirical" else (n > 0).double()
+            self.pi = mass / mass.sum()
+            self.class_weights = self.pi / n.clamp(min=1)
+            self.origin = self.pi @ moments.mean
+            self.centered = moments.mean - self.origin
+            # Geometries of the classes with samples, and where in them a class stands.
+            self.seli, self.frame = seli(moments.count), orthogonal_frame(moments.count)
+            self.position = self.present.cumsum(0) - 1
+            self.magnitude = float((self.pi @ moments.mean.square().sum(1)).sqrt())
+            # S_B^+ of all classes (None), of each group, and by each convention that has one.
+            everything = torch.arange(K)
+            self._inverses = {None: self._inverse(everything)}
+            self._inverses |= {name: self._inverse(classes) for name, classes in self.members.items()}
+            self._published = {p: INVERSES[p](moments) for p in self.papers if p in INVERSES}
 
-    def spectrum(self, dtype: torch.dtype) -> measures.Spectrum:
+    @property
+    def bases(self) -> list[tuple[Tensor, Tensor]]:
+        """(B (d, r), classes) whose spreads tr(B^T S_k B) are asked for."""
+        classes = {None: torch.arange(self.moments.num_classes), **self.members}
+        own = [(inverse.basis, classes[name]) for name, inverse in self._inverses.items()]
+        return own + [(inverse.basis, classes[None]) for inverse in self._published.values()]
+
+    def report(self, agreement: Agreement | None = None, looked: Looked | None = None) -> CollapseReport:
+        """The report.
+
+        Args:
+            agreement: samples counted with the features at hand.
+            looked: at every sample again, for `bases` and `class_weights`.
+        """
+        with exact_arithmetic(self.moments.device):
+            names = [*self._inverses, *self._published]
+            spreads = dict(zip(names, looked.spreads, strict=True)) if looked else {}
+            whole = self._part(None, torch.arange(self.moments.num_classes), agreement, spreads)
+            parts = {name: self._part(name, classes, agreement, spreads) for name, classes in self.members.items()}
+            published = {
+                paper: CONVENTIONS[paper](
+                    self.moments, self.weight, self.bias, agreement, self.members, spreads.get(paper)
+                )
+                for paper in self.papers
+            }
+            ranks = self._spectrum(looked)
+        return dataclasses.replace(whole, **ranks, conventions=published, groups=parts)
+
+    def _inverse(self, classes: Tensor) -> measures.BetweenInverse:
+        shown = classes[self.present[classes]]
+        pi = self.pi[shown] / self.pi[shown].sum()
+        # The centring takes one direction from all classes together, none from a part of them.
+        most = min(len(shown), self.num_present - 1)
+        return measures.between_inverse(self.centered[shown], pi, max_rank=most, magnitude=self.magnitude)
+
+    def _spectrum(self, looked: Looked | None) -> dict[str, Any]:
         """Ranks of the features of all classes."""
+        within = None if looked is None else looked.within
+        if within is None:
+            if not self.moments.num_scatters:
+                return {}
+            within = self.moments.within(self.class_weights)
         between = self.pi.sqrt()[:, None] * self.centered
-        total = self.moments.within(self.per_sample).addmm_(between.T, between)
-        return measures.spectrum(total, self.origin, dtype=dtype)
+        found = measures.spectrum(within.addmm(between.T, between), self.origin, dtype=self.features_dtype)
+        return {
+            "feature_rank": found.rank,
+            "stable_rank": found.stable_rank,
+            "participation_ratio": found.participation_ratio,
+        }
 
-    def report(self, classes: Tensor, *, whole: bool) -> CollapseReport:
+    def _part(
+        self, name: str | None, classes: Tensor, agreement: Agreement | None, spreads: Mapping[Any, Tensor]
+    ) -> CollapseReport:
+        """Of all classes (no name), or of a group."""
         shown = classes[self.present[classes]]
         n = self.moments.count[shown]
         values: dict[str, Any] = {
@@ -137,15 +186,15 @@ class _Pass:
             "class_count": tuple(n.tolist()),
         }
         if len(shown):
-            values |= self._means(shown, whole)
+            values |= self._means(shown) | self._within(name, shown, spreads.get(name))
         if self.weight is not None and len(classes):
             values |= self._classifier(classes, shown)
-        if self.agreement is not None:
-            values |= self._agreement(self.agreement, shown)
+        if agreement is not None:
+            values |= self._agreement(agreement, shown)
         return CollapseReport(**values)
 
-    def _means(self, shown: Tensor, whole: bool) -> dict[str, Any]:
-        """What the class means and their scatter say."""
+    def _means(self, shown: Tensor) -> dict[str, Any]:
+        """What the class means and their variances say."""
         m, K = len(shown), self.num_present
         M, n = self.centered[shown], self.moments.count[shown].double()
         pi = self.pi[shown] / self.pi[shown].sum()
@@ -167,21 +216,27 @@ class _Pass:
             values["nc2_etf"] = pairwise.gram_distance(M, simplex_etf(K, size=m))
             values["nc2_seli"] = pairwise.gram_distance(M, self.seli[1].subset(position))
             values["nc2_gof"] = pairwise.gram_distance(self.moments.mean[shown], self.frame[1].subset(position))
-        # The centring takes one direction from all classes together, none from a part of them.
-        inverse = measures.between_inverse(M, pi, max_rank=min(m, K - 1), magnitude=self.magnitude)
-        values |= {"nc1_rank": inverse.rank, "nc1_condition": inverse.condition}
+        return values
 
-        def nc1(classes: Tensor, weights: Tensor) -> float:
-            per_sample = torch.zeros_like(self.pi).index_copy_(0, classes.to(self.pi.device), weights)
-            # Moments pooled over other classes too cannot give this part; for the whole it is an error that `within`
-            # explains.
-            if not whole and not self.moments.resolves(per_sample):
-                return NAN
-            return measures.nc1(inverse, self.moments.within(per_sample), m)
-
-        values["nc1"] = nc1(shown, pi / n)
-        if self.moments.num_scatters == self.moments.num_classes:
-            values["class_nc1"] = tuple(nc1(shown[i : i + 1], 1 / n[i : i + 1]) for i in range(m))
+    def _within(self, name: str | None, shown: Tensor, spread: Tensor | None) -> dict[str, Any]:
+        """NC1 of all classes (no name) or of a group; `spread` (K,) is tr(B^T S_k B), if known."""
+        inverse, m, n = self._inverses[name], len(shown), self.moments.count[shown].double()
+        values: dict[str, Any] = {"nc1_rank": inverse.rank, "nc1_condition": inverse.condition}
+        weights = self.pi[shown] / self.pi[shown].sum() / n
+        own = spread is None
+        spread = self.moments.spread(inverse.basis, shown) if spread is None else spread[shown]
+        if inverse.rank == 0:
+            return values
+        if spread is not None:
+            values["nc1"] = float(weights @ spread) / m
+            values["class_nc1"] = tuple((spread / n / m).tolist())
+            values["nc1_source"] = "a scatter for each class" if own else "a second look at the features"
+            return values
+        per_sample = torch.zeros_like(self.pi).index_copy_(0, shown.to(self.pi.device), weights)
+        # Moments pooled over other classes too cannot give a part; for the whole it is an error that `within` explains.
+        if self.moments.resolves(per_sample) or (name is None and self.moments.num_scatters):
+            values["nc1"] = measures.nc1(inverse, self.moments.within(per_sample), m)
+            values["nc1_source"] = "a pooled scatter"
         return values
 
     def _classifier(self, classes: Tensor, shown: Tensor) -> dict[str, Any]:

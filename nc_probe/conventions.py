@@ -10,17 +10,18 @@ absent or undefined, or for a weighting that the moments cannot resolve.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from nc_probe import measures, pairwise
 from nc_probe.geometry import simplex_etf
-from nc_probe.moments import ClassMoments, exact_arithmetic
+from nc_probe.moments import ClassMoments
+from nc_probe.precision import exact_arithmetic
 from nc_probe.report import NAN, Agreement
 
-__all__ = ["CONVENTIONS", "fang2021", "papyan2020", "zhu2021"]
+__all__ = ["CONVENTIONS", "INVERSES", "check_conventions", "fang2021", "papyan2020", "zhu2021"]
 
 
 def papyan2020(
@@ -29,6 +30,7 @@ def papyan2020(
     bias: Tensor | None = None,
     agreement: Agreement | None = None,
     groups: Mapping[str, Tensor] | None = None,
+    spread: Tensor | None = None,
 ) -> dict[str, float]:
     """Papyan, Han & Donoho, PNAS 117(40), 2020, as in the notebook released with it.
 
@@ -44,10 +46,10 @@ def papyan2020(
     with exact_arithmetic(moments.device):
         W = _rows(moments, weight)
         seen = moments.count > 0
-        K, n, mu = int(seen.sum()), moments.count[seen], moments.mean[seen]
+        n, mu = moments.count[seen], moments.mean[seen]
         M = mu - mu.mean(0)
         norm, angle = _unbiased_equinorm(M), pairwise.equiangle(M)[1]
-        values = {"nc1": _nc1(moments, M, K - 1), "nc2_norm": norm, "nc2_norm_weight": NAN}
+        values = {"nc1": _nc1(moments, _papyan_inverse(moments), spread), "nc2_norm": norm, "nc2_norm_weight": NAN}
         values |= {"nc2_angle": angle, "nc2_angle_weight": NAN, "nc3": NAN, "nc4": NAN}
         if W is not None:
             values["nc2_norm_weight"] = _unbiased_equinorm(W)
@@ -64,6 +66,7 @@ def zhu2021(
     bias: Tensor | None = None,
     agreement: Agreement | None = None,
     groups: Mapping[str, Tensor] | None = None,
+    spread: Tensor | None = None,
 ) -> dict[str, float]:
     """Zhu et al., "A Geometric Analysis of Neural Collapse with Unconstrained Features", NeurIPS 2021.
 
@@ -83,7 +86,7 @@ def zhu2021(
         K, n, mu = int(seen.sum()), moments.count[seen].double(), moments.mean[seen]
         center = (n / n.sum()) @ mu
         M = mu - center
-        values = {"nc1": _nc1(moments, M, K) / K, "nc2": NAN, "nc3": NAN, "nc3_bias": NAN}
+        values = {"nc1": _nc1(moments, _zhu_inverse(moments), spread) / K, "nc2": NAN, "nc3": NAN, "nc3_bias": NAN}
         if W is not None:
             if len(W) > 1:
                 values["nc2"] = pairwise.gram_distance(W, simplex_etf(len(W)))
@@ -100,6 +103,7 @@ def fang2021(
     bias: Tensor | None = None,
     agreement: Agreement | None = None,
     groups: Mapping[str, Tensor] | None = None,
+    spread: Tensor | None = None,
 ) -> dict[str, float]:
     """Fang, He, Long & Su, "Exploring deep neural networks via layer-peeled model", PNAS 118(43), 2021.
 
@@ -119,27 +123,64 @@ def fang2021(
 
 
 Convention = Callable[
-    [ClassMoments, Tensor | None, Tensor | None, Agreement | None, Mapping[str, Tensor] | None],
+    [ClassMoments, Tensor | None, Tensor | None, Agreement | None, Mapping[str, Tensor] | None, Tensor | None],
     dict[str, float],
 ]
 
 CONVENTIONS: Mapping[str, Convention] = {"papyan2020": papyan2020, "zhu2021": zhu2021, "fang2021": fang2021}
 
 
+def check_conventions(conventions: Iterable[str]) -> tuple[str, ...]:
+    """The names, if they are those of conventions.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for paper in conventions:
+        if paper not in CONVENTIONS:
+            raise ValueError(f"conventions must be among {tuple(CONVENTIONS)}, got {paper!r}")
+    return tuple(conventions)
+
+
+def _papyan_inverse(moments: ClassMoments) -> measures.BetweenInverse:
+    mu = moments.mean[moments.count > 0]
+    return _inverse(moments, mu - mu.mean(0), len(mu) - 1)
+
+
+def _zhu_inverse(moments: ClassMoments) -> measures.BetweenInverse:
+    seen = moments.count > 0
+    n, mu = moments.count[seen].double(), moments.mean[seen]
+    return _inverse(moments, mu - (n / n.sum()) @ mu, len(mu))
+
+
+def _inverse(moments: ClassMoments, centered: Tensor, max_rank: int) -> measures.BetweenInverse:
+    """S_B^+ with every class once in S_B."""
+    K = len(centered)
+    magnitude = math.sqrt(float(moments.mean.square().sum()) / K)
+    weights = torch.full_like(centered[:, 0], 1 / K)
+    return measures.between_inverse(centered, weights, max_rank=max_rank, magnitude=magnitude)
+
+
+INVERSES: Mapping[str, Callable[[ClassMoments], measures.BetweenInverse]] = {
+    "papyan2020": _papyan_inverse,
+    "zhu2021": _zhu_inverse,
+}
+"""S_B^+ = B B^T of the conventions whose NC1 needs it, so that tr(B^T S_k B) can be had from a second look."""
+
+
 def _rows(moments: ClassMoments, weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.detach().to(moments.mean)
 
 
-def _nc1(moments: ClassMoments, centered: Tensor, max_rank: int) -> float:
-    """tr(S_W S_B^+) with S_W over all samples and every class once in S_B."""
-    n, K = moments.count.double(), len(centered)
-    per_sample = torch.full_like(n, 1 / float(n.sum()))
-    if K < 2 or not moments.resolves(per_sample):
+def _nc1(moments: ClassMoments, inverse: measures.BetweenInverse, spread: Tensor | None) -> float:
+    """tr(S_W S_B^+) with S_W over all samples; `spread` (K,) is tr(B^T S_k B), if known."""
+    n = moments.count.double()
+    if inverse.rank == 0:
         return NAN
-    weights = torch.full_like(centered[:, 0], 1 / K)
-    magnitude = math.sqrt(float(moments.mean.square().sum()) / K)
-    inverse = measures.between_inverse(centered, weights, max_rank=max_rank, magnitude=magnitude)
-    return measures.nc1(inverse, moments.within(per_sample), 1)
+    if spread is not None:
+        return float(spread.sum() / n.sum())
+    per_sample = torch.full_like(n, 1 / float(n.sum()))
+    return measures.nc1(inverse, moments.within(per_sample), 1) if moments.resolves(per_sample) else NAN
 
 
 def _unbiased_equinorm(rows: Tensor) -> float:

@@ -18,30 +18,26 @@ gives both: either the final proportions are known beforehand, or each class kee
 * nothing given: G = K, one matrix per class. Every weighting of every group is exact. For small problems.
 * `class_counts` given: G = 1, S_k enters with weight 1/class_counts[k], so the sum is the balanced scatter.
 * `partition` given: G matrices, e.g. one per group of classes, with or without `class_counts`.
+* `scatter=False`: none. Whoever keeps the features can sum their scatter once the means and counts are known.
 
 A weighting that the state cannot express is refused, never approximated.
 """
 
-import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from nc_probe import ranks
+from nc_probe.checks import check_batch, check_proportion, check_scatters, examine, short
+from nc_probe.precision import exact_arithmetic
 
 __all__ = ["ClassMoments"]
 
-# K d^2 float64 that may be taken without having been asked for: K = 100 classes of d = 512 features fit.
-SCATTER_BYTES = 256 * 2**20
-
-
-@contextlib.contextmanager
-def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """No autograd, no autocast, and no inference mode, whose tensors could not be updated outside of it."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
+# Rows that are worked on at once on the CPU, so that their float64 copies stay in its cache.
+ROWS = 512
 
 
 class ClassMoments:
@@ -60,6 +56,7 @@ class ClassMoments:
             it one (d, d) scatter is enough for the balanced weighting.
         partition: (K,) integers in 0..G-1, the scatter that each class adds to. Default: one per class, or a single
             one if `class_counts` is given.
+        scatter: False keeps none.
         device: where the state lives. Default: the CPU.
 
     Attributes:
@@ -82,6 +79,7 @@ class ClassMoments:
         *,
         class_counts: Tensor | Sequence[int] | None = None,
         partition: Tensor | Sequence[int] | None = None,
+        scatter: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
         for name, value in (("num_classes", num_classes), ("num_features", num_features)):
@@ -97,22 +95,18 @@ class ClassMoments:
         if class_counts is not None:
             self.class_counts = torch.as_tensor(class_counts, dtype=torch.float64, device="cpu")
             if self.class_counts.shape != (num_classes,) or not (self.class_counts >= 0).all():
-                raise ValueError(f"class_counts must be {num_classes} numbers >= 0, got {_short(self.class_counts)}")
+                raise ValueError(f"class_counts must be {num_classes} numbers >= 0, got {short(self.class_counts)}")
             self.scale = 1 / self.class_counts.clamp(min=1).to(self.device)
 
+        self._by_default = partition is None and class_counts is None
+        if scatter and self._by_default:
+            check_scatters(num_classes, num_features)
         if partition is None:
-            wanted = num_classes * num_features**2 * 8
-            if class_counts is None and wanted > SCATTER_BYTES:
-                raise ValueError(
-                    f"a scatter for each of num_classes={num_classes} with num_features={num_features} takes "
-                    f"{wanted / 2**30:.1f} GiB: give class_counts (center='balanced'), or partition=torch.zeros(K) "
-                    "(center='empirical'), so that one is enough"
-                )
             partition = torch.arange(num_classes) if class_counts is None else torch.zeros(num_classes)
         self.partition = torch.as_tensor(partition, device="cpu").long()
         if self.partition.shape != (num_classes,) or self.partition.min() < 0:
-            raise ValueError(f"partition must be {num_classes} integers >= 0, got {_short(self.partition)}")
-        self.num_scatters = int(self.partition.max()) + 1
+            raise ValueError(f"partition must be {num_classes} integers >= 0, got {short(self.partition)}")
+        self.num_scatters = int(self.partition.max()) + 1 if scatter else 0
         self.reset()
 
     def reset(self) -> Self:
@@ -139,12 +133,36 @@ class ClassMoments:
             ValueError: wrong shapes or types, labels out of range, features that are not finite (the batch is named).
         """
         with exact_arithmetic(self.device):
-            self._validate(features, labels)
-            x, labels = features.detach().to(self.device, torch.float64), labels.detach().long()
-            self._examine(x, labels)
+            check_batch(features, labels, self.num_features)
+            x, labels = features.detach().to(self.device), labels.detach().long()
+            self._bad = examine(x, labels, self.num_classes, batch=self.batches, bad=self._bad)
             self.batches += 1
             if len(labels):
                 self._add(x, labels.clamp(0, self.num_classes - 1))
+        return self
+
+    def add_scatter(self, features: Tensor, labels: Tensor) -> Self:
+        """Adds the scatter, about the class means, of samples that `update` has counted with `scatter=False`.
+
+        For features that were kept and are kept no longer: once all of them have been added, `update` goes on with
+        scatter.
+
+        Args:
+            features: (B, d) as given to `update`.
+            labels: (B,).
+
+        Raises:
+            ValueError: one scatter per class would exceed 256 MiB without having been asked for.
+        """
+        with exact_arithmetic(self.device):
+            if not self.num_scatters:
+                if self._by_default:
+                    check_scatters(self.num_classes, self.num_features)
+                self.num_scatters = int(self.partition.max()) + 1
+                self.scatter = self.mean.new_zeros(self.num_scatters, self.num_features, self.num_features)
+            for x, of in zip(features.split(ROWS), labels.split(ROWS), strict=True):
+                of = of.to(self.device).long()
+                self._add_scatter(x.detach().to(self.device, torch.float64) - self.mean[of], of)
         return self
 
     def merge(self, other: "ClassMoments") -> Self:
@@ -155,10 +173,11 @@ class ClassMoments:
         """
         if (
             self.mean.shape != other.mean.shape
+            or self.num_scatters != other.num_scatters
             or not torch.equal(self.partition, other.partition)
             or not torch.equal(self.scale.cpu(), other.scale.cpu())
         ):
-            raise ValueError("other must have the same num_classes, num_features, class_counts and partition")
+            raise ValueError("other must have the same num_classes, num_features, class_counts, partition and scatter")
         self.check()
         other.check()
         return self._absorb(other)
@@ -166,20 +185,12 @@ class ClassMoments:
     def sync(self) -> "ClassMoments":
         """The moments over all ranks: the states of all ranks merged in the order of ranks, so equal on every rank.
 
-        Returns a new object: `self` goes on holding the samples of this rank only, and asking twice counts nothing
-        twice. Without torch.distributed it is a copy. Every rank must call it.
+        Returns a new object: `self` goes on holding the samples of this rank only. Every rank must call it.
         """
         total = copy.deepcopy(self).reset()
-        if not (dist.is_available() and dist.is_initialized()):
-            return total.merge(self)
-        wire = "cuda" if dist.get_backend() == "nccl" else "cpu"  # NCCL carries no CPU tensors
-        for rank in range(dist.get_world_size()):
-            turn = copy.deepcopy(self) if rank == dist.get_rank() else copy.deepcopy(self).reset()
-            state = [turn.count, turn.mean, turn.trace, turn.scatter, turn._bad]
-            for i, tensor in enumerate(state):
-                state[i] = tensor.to(wire)
-                dist.broadcast(state[i], src=rank)
-            turn.count, turn.mean, turn.trace, turn.scatter, turn._bad = (t.to(self.device) for t in state)
+        turn = copy.deepcopy(total)
+        for state in ranks.in_turn([self.count, self.mean, self.trace, self.scatter, self._bad]):
+            turn.count, turn.mean, turn.trace, turn.scatter, turn._bad = state
             total._absorb(turn)
         # Only after the last broadcast: a rank that raised earlier would leave the others waiting.
         total.check()
@@ -192,6 +203,11 @@ class ClassMoments:
             raise ValueError(f"labels must be in 0..{self.num_classes - 1}, but not all are in batch {label_batch}")
         if feature_batch >= 0:
             raise ValueError(f"features must be finite, got NaN or infinity in batch {feature_batch}")
+
+    def check_counts(self) -> None:
+        """Raises ValueError if `class_counts` was given and the samples seen are not in proportion to it."""
+        if self.class_counts is not None:
+            check_proportion(self.count.cpu().double(), self.class_counts)
 
     def resolves(self, class_weights: Tensor) -> bool:
         """Whether `within(class_weights)` can be had from the scatters kept."""
@@ -213,11 +229,26 @@ class ClassMoments:
         weights = self._scatter_weights(class_weights)
         if weights is None:
             hint = "give class_counts, or a partition that keeps classes of different counts apart"
-            if self.class_counts is not None:
-                hint = f"class_counts is {_short(self.class_counts)} but the samples seen are {_short(self.count)}"
+            if not self.num_scatters:
+                hint = "these moments were made with scatter=False"
+            self.check_counts()
             raise ValueError(f"the pooled within-class scatter cannot be weighted as asked: {hint}")
-        used = weights.nonzero()[:, 0]
-        return torch.tensordot(weights[used], self.scatter[used], 1)
+        return (weights @ self.scatter.flatten(1)).view(self.num_features, self.num_features)
+
+    def spread(self, basis: Tensor, classes: Tensor) -> Tensor | None:
+        """tr(basis^T S_k basis) of some classes, if each keeps a scatter of its own.
+
+        Args:
+            basis: (d, r) float64.
+            classes: (m,) class numbers.
+
+        Returns:
+            (m,) float64, or None if the scatters are pooled or absent.
+        """
+        if len(self.partition.unique()) < self.num_classes or not self.num_scatters:
+            return None
+        parts = zip(self.partition[classes.cpu()].tolist(), self.scale[classes].tolist(), strict=True)
+        return torch.stack([(self.scatter[g] @ basis * basis).sum() / scale for g, scale in parts])
 
     def _scatter_weights(self, class_weights: Tensor) -> Tensor | None:
         """(G,) factors a with sum_g a_g scatter_g = sum_k class_weights_k S_k, or None if there are none."""
@@ -225,6 +256,8 @@ class ClassMoments:
         seen = self.count > 1
         ratio = (class_weights.to(self.scale) / self.scale)[seen]
         bins = self.partition.to(self.device)[seen]
+        if not self.num_scatters:
+            return None if len(bins) else ratio
         zeros = ratio.new_zeros(self.num_scatters)
         high = zeros.scatter_reduce(0, bins, ratio, "amax", include_self=False)
         low = zeros.scatter_reduce(0, bins, ratio, "amin", include_self=False)
@@ -239,37 +272,11 @@ class ClassMoments:
             y = delta * (self.count * share).sqrt()[:, None]
             self.trace += other.trace.to(self.device) + y.square().sum(1)
             self.scatter += other.scatter.to(self.device)
-            self._add_scatter(y * self.scale.sqrt()[:, None], torch.arange(self.num_classes))
+            self._add_scatter(y, torch.arange(self.num_classes, device=self.device))
             self.mean += share[:, None] * delta
             self.count = n
             self._bad = torch.where(self._bad < 0, other._bad.to(self.device), self._bad)
         return self
-
-    def _validate(self, features: Tensor, labels: Tensor) -> None:
-        if features.ndim != 2 or features.shape[1] != self.num_features or not features.is_floating_point():
-            raise ValueError(
-                f"features must be floating point of shape (B, {self.num_features}), "
-                f"got {features.dtype} {tuple(features.shape)}"
-            )
-        if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-            raise ValueError(f"labels must be integers, got {labels.dtype}")
-        if labels.shape != features.shape[:1]:
-            raise ValueError(f"labels must have shape ({len(features)},) as features have, got {tuple(labels.shape)}")
-
-    def _examine(self, x: Tensor, labels: Tensor) -> None:
-        """Looks at the values: at once on the CPU, by a flag kept on the accelerator otherwise."""
-        outside = ((labels < 0) | (labels >= self.num_classes)).any()
-        infinite = ~x.isfinite().all()
-        if labels.device.type == "cpu" and outside:
-            raise ValueError(
-                f"labels must be in 0..{self.num_classes - 1}, got {int(labels.min())}..{int(labels.max())} "
-                f"in batch {self.batches}"
-            )
-        if x.device.type == "cpu" and infinite:
-            raise ValueError(f"features must be finite, got NaN or infinity in batch {self.batches}")
-        if x.device.type != "cpu":
-            found = torch.stack([outside.to(self.device), infinite])
-            self._bad = torch.where(found & (self._bad < 0), self.batches, self._bad)
 
     def _add(self, x: Tensor, labels: Tensor) -> None:
         # On an accelerator the number of classes present would have to be waited for.
@@ -278,18 +285,25 @@ class ClassMoments:
         n_a = self.count[klass].double()
         n = n_a + n_b
         # Everything is taken relative to a point near the data, so that a large common offset cancels before it rounds.
-        ref = torch.where((n_a > 0)[:, None], self.mean[klass], x[:1])
-        r = x - ref[slot]
-        delta = torch.zeros_like(ref).index_add_(0, slot, r) / n_b.clamp(min=1)[:, None]
-        mean = ref + delta * (n_b / n.clamp(min=1))[:, None]
-        # r - delta sums to zero over a class of the batch, so adding c delta to each of its n_b rows adds exactly
-        # n_b c^2 delta delta^T to their scatter: with c^2 = n_a/n that is Chan's second term, and one GEMM does it all.
-        c = (n_a / n.clamp(min=1)).sqrt()
-        y = r - ((1 - c)[:, None] * delta)[slot]
+        ref = torch.where((n_a > 0)[:, None], self.mean[klass], x[:1].double())
+        delta = torch.zeros_like(ref)
+        rows = ROWS if x.device.type == "cpu" else len(x)
+        for part, of in zip(x.split(rows), slot.split(rows), strict=True):
+            delta.index_add_(0, of, part.double() - ref[of])
+        delta /= n_b.clamp(min=1)[:, None]
         self.count.index_copy_(0, klass, n.long())
+        mean = ref + delta * (n_b / n.clamp(min=1))[:, None]
         self.mean.index_copy_(0, klass, torch.where((n > 0)[:, None], mean, 0.0))
-        self.trace.index_add_(0, klass[slot], y.square().sum(1))
-        self._add_scatter(y * self.scale.sqrt()[klass[slot], None], labels)
+        # With r = x - ref, r - delta sums to zero over a class of the batch, so adding c delta to each of its n_b rows
+        # adds exactly n_b c^2 delta delta^T to their scatter: with c^2 = n_a/n that is Chan's second term, and one GEMM
+        # does it all.
+        shift = ref + (1 - (n_a / n.clamp(min=1)).sqrt())[:, None] * delta
+        if self.num_scatters > 1:
+            rows = len(x)  # many scatters want many rows at a time
+        for part, of in zip(x.split(rows), slot.split(rows), strict=True):
+            y = part.double() - shift[of]
+            self.trace.index_add_(0, klass[of], y.square().sum(1))
+            self._add_scatter(y, klass[of])
 
     def _present(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Classes klass (S,) of the batch, slot (B,) with labels = klass[slot], and samples n_b (S,) of each."""
@@ -302,19 +316,16 @@ class ClassMoments:
         n_b = torch.zeros_like(self.count).index_add_(0, slot, torch.ones_like(slot))
         return torch.arange(self.num_classes, device=self.device), slot, n_b
 
-    def _add_scatter(self, rows: Tensor, labels: Tensor) -> None:
-        """scatter[partition[labels[i]]] += rows[i] rows[i]^T."""
+    def _add_scatter(self, rows: Tensor, classes: Tensor) -> None:
+        """scatter[partition[classes[i]]] += scale[classes[i]] rows[i] rows[i]^T."""
+        if not self.num_scatters:
+            return
+        rows = rows * self.scale.sqrt()[classes, None]
         if self.num_scatters == 1:
             self.scatter[0].addmm_(rows.T, rows)
             return
-        bins = self.partition.to(labels.device)[labels]
+        bins = self.partition.to(classes.device)[classes]
         sizes = torch.bincount(bins, minlength=self.num_scatters).tolist()
-        parts = rows[bins.argsort().to(rows.device)].split(sizes)
-        for scatter, part in zip(self.scatter, parts, strict=True):
+        for scatter, part in zip(self.scatter, rows[bins.argsort()].split(sizes), strict=True):
             if len(part):
                 scatter.addmm_(part.T, part)
-
-
-def _short(values: Tensor) -> str:
-    listed = ", ".join(f"{v:g}" for v in values.tolist()[:10])
-    return f"[{listed}{', ...' if len(values) > 10 else ''}]"

@@ -45,7 +45,7 @@ def plot_grams(report: CollapseReport, *, class_names: Sequence[str] | None = No
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("nc_probe.plots needs matplotlib: pip install 'timm-deq[recipes]'") from error
-    if report.gram is None:
+    if report.means is None:
         raise ValueError("report must hold class means, got a report without samples")
     order, spans = _order(report)
     total = max(order) + 1

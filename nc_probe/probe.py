@@ -1,22 +1,31 @@
 """NCProbe: measures the collapse of a model while it is evaluated."""
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from nc_probe.assembly import CENTERS, check_groups, measure
-from nc_probe.heads import find_head, unwrap
-from nc_probe.moments import ClassMoments, exact_arithmetic
+from nc_probe import ranks
+from nc_probe.assembly import CENTERS, Measurement, check_groups, measure
+from nc_probe.cache import FeatureCache, Kept
+from nc_probe.conventions import check_conventions
+from nc_probe.heads import count_classes, find_head, is_compiled, unwrap
+from nc_probe.moments import ClassMoments
 from nc_probe.report import Agreement, CollapseReport
+from nc_probe.second_look import SecondLook
+from nc_probe.streams import ClassifierStream, TapStream, classifier_streams
+from nc_probe.taps import HeadTap, OutputTap, layer_taps, solve_taps
 
 __all__ = ["NCProbe"]
 
-# Features looked at once for NC4.
-CHUNK = 4096
+# Largest difference, relative to the largest logit, between weight @ feature + bias and what the model gave.
+LINEAR_ERROR = {torch.float64: 1e-2, torch.float32: 1e-2, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 class NCProbe:
@@ -28,26 +37,44 @@ class NCProbe:
                 probe.update(labels)
         report = probe.compute()
 
-    Entering starts a pass; leaving removes the hook and keeps the sums. The model is not changed: no buffer, no
+    Entering starts a pass; leaving removes the hooks and keeps the sums. The model is not changed: no buffer, no
     attribute. The features are those that the classifier received, in their own precision (bfloat16 under autocast);
     all arithmetic on them is float64, which neither autocast nor TF32 touches.
 
     A compiled model runs eagerly inside the `with`, because compiled code ignores hooks that were added after it was
     compiled.
 
-    NC4 and the accuracy of the nearest class mean need the final class means, so the features are kept on the host, in
-    their own precision, and looked at a second time. Beyond `cache_bytes` on some rank they are dropped and those two
-    are absent; everything else needs one look.
+    What needs the final class means takes a second look at the features (NC1, NC4, the rank of the features), which are
+    kept: on the host up to `cache_bytes` of this rank, then on disk up to `spill_bytes`. Beyond both, or with
+    `cache_bytes=0`, NC1 comes from a within-class scatter summed in the one pass, and NC4 is absent unless the samples
+    are shown again:
+
+        with probe.second_pass():
+            for images, labels in loader:
+                model(images)
+                probe.update(labels)
+
+    `report.nc1_source` and `report.nc4_source` say which it was.
 
     Args:
-        model: a classifier whose last layer is nn.Linear, wrapped in DistributedDataParallel or torch.compile or not.
+        model: a classifier whose logits are linear in its last features, wrapped in DistributedDataParallel or
+            torch.compile or not. The mean of several heads is measured, and each in `report.heads`.
         groups: classes of each group by name, e.g. {"majority": [0, 1, 2], "minority": range(3, 10)}.
         center: "balanced" (every class counts once: default) or "empirical" (by its count).
-        class_counts: (K,) samples of each class in the whole pass, over all ranks, if known. The within-class scatter
-            is then kept per group instead of per class: faster, and needed for "balanced" beyond 256 MiB of K d^2
-            float64. `class_nc1` is then absent, and a pass over other samples an error. "empirical" has no use for it.
-        head: name of the classifier, where `find_head` cannot find it.
-        cache_bytes: host memory for features on this rank; 0 keeps none.
+        class_counts: (K,) samples of each class in the whole pass, over all ranks, if known. A within-class scatter is
+            then kept per group instead of per class, which is needed for "balanced" beyond 256 MiB of K d^2 float64.
+            `class_nc1` is then absent, and a pass over other samples an error. "empirical" has no use for it.
+        num_classes: K of a model that has no classifier. What needs one is then absent from the report.
+        head: name of the classifier, where `find_head` cannot find it, or names of several whose mean the logits are.
+        layers: names of modules whose pooled outputs are measured too, or "stages" for those that the model names:
+            `report.layers`.
+        iterates: whether the iterates of an equilibrium model are measured too: `report.iterates`.
+        conventions: named formulas of papers to report besides, see `nc_probe.conventions`.
+        spectrum: whether a second look sums the d x d covariance, for the ranks of the features: d^2 a sample.
+        cache_bytes: host memory for features on this rank; 0 keeps none, on disk neither.
+        spill_bytes: disk for features on this rank, in a temporary file.
+        cache_dtype: to keep features in. Default: their own. float16 and bfloat16 halve float32, and round: NC4 is then
+            that of the rounded features, and NC1 comes from the scatter.
 
     Raises:
         ValueError: no linear classifier found, or a bad argument.
@@ -60,61 +87,76 @@ class NCProbe:
         groups: Mapping[str, Iterable[int]] | None = None,
         center: str = "balanced",
         class_counts: Tensor | Sequence[int] | None = None,
-        head: str | None = None,
+        num_classes: int | None = None,
+        head: str | Sequence[str] | None = None,
+        layers: str | Sequence[str] = (),
+        iterates: bool = False,
+        conventions: Sequence[str] = (),
+        spectrum: bool = True,
         cache_bytes: int = 2**30,
+        spill_bytes: int = 2**34,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         if center not in CENTERS:
             raise ValueError(f"center must be one of {CENTERS}, got {center!r}")
-        if cache_bytes < 0:
-            raise ValueError(f"cache_bytes must be at least 0, got {cache_bytes}")
-        self.model, self.center, self.cache_bytes = model, center, cache_bytes
+        self.model, self.center = model, center
+        self.conventions, self.spectrum = check_conventions(conventions), spectrum
         self.head = find_head(model, name=head)
-        num_classes, num_features = self.head.weight.shape
-        self.groups = {name: classes.tolist() for name, classes in check_groups(groups, num_classes).items()}
+        self.num_classes = K = count_classes(self.head, num_classes)
+        self.groups = {name: classes.tolist() for name, classes in check_groups(groups, K).items()}
+        self._cache = FeatureCache(cache_bytes, spill_bytes if cache_bytes else 0, cache_dtype)
+        self._deferred = not self._cache.over and cache_dtype is None  # the scatter waits for a second look
 
-        partition = None
-        if class_counts is not None or center == "empirical":
-            partition = _atoms(self.groups, num_classes)
-        device = self.head.weight.device
-        self.moments = ClassMoments(
-            num_classes,
-            num_features,
-            class_counts=class_counts if center == "balanced" else None,
-            partition=partition,
-            device="cpu" if device.type == "mps" else device,
-        )
+        device = next((p.device for p in unwrap(model).parameters()), torch.device("cpu"))
+        pooled = class_counts is not None or center == "empirical"
+        self._pooling: dict[str, Any] = {
+            "class_counts": class_counts if center == "balanced" else None,
+            "partition": _atoms(self.groups, K) if pooled else None,
+            "device": "cpu" if device.type == "mps" else device,  # which has no float64
+        }
+        self._output = OutputTap(model)
+        self._input = None if self.head is None else HeadTap(self.head)
+        self._classifiers = classifier_streams(self.head, partial(self._moments, scatter=not self._deferred))
+        self._layers = [TapStream(tap, self._moments) for tap in (layer_taps(model, layers) if layers else ())]
+        self._solves = [TapStream(tap, self._moments) for tap in (solve_taps(model) if iterates else ())]
         self._attached: contextlib.ExitStack | None = None
         self.reset()
 
     def reset(self) -> Self:
         """Starts a new pass: forgets every sample, and any forward pass not yet used."""
-        self.moments.reset()
-        with exact_arithmetic(self.moments.device):
-            self._correct = torch.zeros_like(self.moments.count)
-        self._cache: list[tuple[Tensor, Tensor, Tensor]] | None = [] if self.cache_bytes else None
-        self._cached_bytes = 0
-        self._captured: Tensor | None = None
-        self._forwards = 0
-        self._classifier: tuple[Tensor, Tensor | None] | None = None
+        for stream in (*self._classifiers, *self._layers, *self._solves):
+            stream.reset()
+        self._cache.clear()
+        self._looks: list[SecondLook] = []
+        self.linear_error: float | None = None
+        self._forget()
         return self
 
     def __enter__(self) -> Self:
-        if self._attached is not None:
-            raise ValueError("the probe is already attached: enter it once")
-        self.reset()
-        with contextlib.ExitStack() as stack:
-            if _is_compiled(self.model):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            hook = self.head.module.register_forward_pre_hook(self._capture, with_kwargs=True)
-            stack.callback(hook.remove)
-            self._attached = stack.pop_all()
-        return self
+        self._attach()
+        return self.reset()
 
     def __exit__(self, *exc: object) -> None:
         assert self._attached is not None
         self._attached.close()
         self._attached = None
-        self._captured = None
+        self._forget()
+
+    @contextlib.contextmanager
+    def second_pass(self) -> Iterator[Self]:
+        """Shows the samples of the pass again, for NC4 where features were not kept. Every rank must enter it.
+
+        Raises:
+            ValueError: nothing was added in a first pass; or, by `compute`, the samples were others.
+        """
+        looks = [SecondLook(self._gathered(stream, sync=True)) for stream in self._classifiers]
+        self._attach()
+        self._forget()
+        self._looks = looks
+        try:
+            yield self
+        finally:
+            self.__exit__()
 
     def update(self, labels: Tensor, mask: Tensor | None = None) -> Self:
         """Adds the samples of the last forward pass.
@@ -129,33 +171,10 @@ class NCProbe:
         """
         if self._attached is None:
             raise ValueError("update must be called inside `with NCProbe(model) as probe:`")
-        features, forwards = self._captured, self._forwards
-        self._captured, self._forwards = None, 0
-        training = next((name for name, m in unwrap(self.model).named_modules() if m.training), None)
-        if training is not None:
-            raise ValueError(f"model must be in evaluation mode, but its module {training!r} trains: call model.eval()")
-        if features is None or forwards != 1:
-            raise ValueError(
-                f"update must follow exactly one forward pass of the model, got {forwards} through its classifier "
-                f"{self.head.name!r} since the last update"
-            )
-        if features.ndim != 2:
-            raise ValueError(f"the classifier {self.head.name!r} must receive (B, d), got {tuple(features.shape)}")
-        if labels.shape != features.shape[:1]:
-            raise ValueError(f"labels must have shape ({len(features)},) as the batch has, got {tuple(labels.shape)}")
-        if mask is not None:
-            if mask.dtype != torch.bool or mask.shape != labels.shape:
-                raise ValueError(f"mask must be bool {tuple(labels.shape)}, got {mask.dtype} {tuple(mask.shape)}")
-            features, labels = features[mask.to(features.device)], labels[mask.to(labels.device)]
-
-        self.moments.update(features, labels)
-        with exact_arithmetic(self.moments.device):
-            weight, bias = self._linear()
-            logits = features.to(weight) @ weight.T
-            chosen = (logits if bias is None else logits + bias).argmax(1)
-            labels = labels.long().to(chosen.device).clamp(0, self.moments.num_classes - 1)
-            self._correct.index_add_(0, labels, (chosen == labels).long())
-            self._keep(features, labels, chosen)
+        try:
+            self._update(labels, mask)
+        finally:
+            self._forget()
         return self
 
     def compute(self, *, sync: bool = True) -> CollapseReport:
@@ -167,69 +186,140 @@ class NCProbe:
         Raises:
             ValueError: nothing was added, or something bad on an accelerator, or `class_counts` is not what was seen.
         """
-        sync = sync and dist.is_available() and dist.is_initialized()
-        moments = self.moments.sync() if sync else self.moments
+        if sync and not self._cache.over and any(ranks.largest([self._cache.over])):
+            self._sum_scatter_instead()  # as another rank had to
+        main, *heads = [self._report(i, stream, sync=sync) for i, stream in enumerate(self._classifiers)]
+        names = [linear.name for linear in self.head.maps] if self.head and heads else []
+        parts: dict[str, Any] = {"heads": dict(zip(names, heads, strict=True))}
+        for kind, streams in (("layers", self._layers), ("iterates", self._solves)):
+            places = {name: m for stream in streams for name, m in stream.gathered(sync=sync).items()}
+            parts[kind] = {k: measure(m, None, center=self.center, groups=self.groups) for k, m in places.items()}
+        return dataclasses.replace(main, **parts)
+
+    def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features (B, d) and labels (B,) of this rank, batch by batch; none if they were too many to keep."""
+        for batch in self._cache:
+            yield batch.features, batch.labels
+
+    def _taps(self) -> list[Any]:
+        taps = [self._output, self._input, *(stream.tap for stream in (*self._layers, *self._solves))]
+        return [tap for tap in taps if tap is not None]
+
+    def _attach(self) -> None:
+        if self._attached is not None:
+            raise ValueError("the probe is already attached: enter it once")
+        with contextlib.ExitStack() as stack:
+            if is_compiled(self.model):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for tap in self._taps():
+                for handle in tap.attach():
+                    stack.callback(handle.remove)
+            self._attached = stack.pop_all()
+
+    def _forget(self) -> None:
+        for tap in self._taps():
+            tap.forget()
+
+    def _moments(self, num_features: int, *, scatter: bool = True) -> ClassMoments:
+        return ClassMoments(self.num_classes, num_features, scatter=scatter, **self._pooling)
+
+    def _update(self, labels: Tensor, mask: Tensor | None) -> None:
+        training = next((name for name, m in unwrap(self.model).named_modules() if m.training), None)
+        if training is not None:
+            raise ValueError(f"model must be in evaluation mode, but its module {training!r} trains: call model.eval()")
+        given = self._output.take()
+        features = given if self._input is None else self._input.take()
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            raise ValueError(f"a model without classifier must give (B, d), got {_shape(features)}")
+        if labels.shape != features.shape[:1]:
+            raise ValueError(f"labels must have shape ({len(features)},) as the batch has, got {tuple(labels.shape)}")
+        if mask is not None:
+            if mask.dtype != torch.bool or mask.shape != labels.shape:
+                raise ValueError(f"mask must be bool {tuple(labels.shape)}, got {mask.dtype} {tuple(mask.shape)}")
+            features, labels = features[mask.to(features.device)], labels[mask.to(labels.device)]
+        if not self._looks:
+            read = [(stream, stream.read(mask)) for stream in (*self._layers, *self._solves)]
+            for stream in self._classifiers:
+                stream.add(features, labels)
+            for stream, places in read:
+                stream.add(places, labels)
+            if self._input is not None and self.linear_error is None:
+                self._check_linear(features, given if mask is None or given is None else given[mask.to(given.device)])
+        labels = labels.long().clamp(0, self.num_classes - 1)  # an accelerator's are checked later
+        first = not self._looks
+        chosen = torch.cat([stream.choose(features, labels, count=first) for stream in self._classifiers], 1)
+        batch = Kept(features, labels, chosen)
+        for i, look in enumerate(self._looks):
+            look.add(batch, self._classifiers[i].columns, i)
+        if first and not self._cache.over:
+            self._cache.append(batch)
+            if self._cache.over:
+                self._sum_scatter_instead(batch)
+
+    def _check_linear(self, features: Tensor, given: Tensor | None) -> None:
+        """Compares weight @ feature + bias with what the model gave, once a pass."""
+        logits = self._classifiers[0].logits(features)
+        if given is None or given.shape != logits.shape or not len(given):
+            return
+        self.linear_error = float((logits - given.to(logits)).abs().max() / logits.abs().max().clamp(min=1e-30))
+        if self.linear_error > LINEAR_ERROR[given.dtype]:
+            assert self.head is not None
+            warnings.warn(
+                f"weight @ feature + bias of {self.head.name!r} is not what the model gives, from which it differs by "
+                f"{self.linear_error:.2g} of the largest logit: accuracy and NC4 are those of the linear map. If "
+                "another layer is the classifier, name it with head='...'",
+                stacklevel=4,
+            )
+
+    def _sum_scatter_instead(self, *last: Kept) -> None:
+        """Gives up the features kept, and `last`, and goes on with the within-class scatter."""
+        try:
+            if self._deferred:
+                for batch in itertools.chain(self._cache, last):
+                    for stream in self._classifiers:
+                        assert stream.moments is not None
+                        stream.moments.add_scatter(batch.features[:, stream.columns], batch.labels)
+        except ValueError as error:
+            warnings.warn(f"features exceed cache_bytes and spill_bytes, so NC1 will be absent: {error}", stacklevel=5)
+        finally:
+            self._cache.give_up()
+
+    def _gathered(self, stream: ClassifierStream, *, sync: bool) -> ClassMoments:
+        if sync:
+            (num_features,) = ranks.largest([0 if stream.moments is None else stream.moments.num_features])
+            if stream.moments is None and num_features:
+                stream.moments = stream.make(num_features)  # of a rank without samples
+        if stream.moments is None:
+            raise ValueError("compute needs at least one sample: call update first")
+        moments = stream.moments.sync() if sync else stream.moments
         moments.check()
         if not moments.count.any():
             raise ValueError("compute needs at least one sample: call update first")
-        with exact_arithmetic(moments.device):
-            weight, bias = self._linear()
-            agreement = self._agreement(moments, sync)
-        return measure(moments, weight, bias, center=self.center, groups=self.groups, agreement=agreement)
+        return moments
 
-    def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._captured = (args[0] if args else kwargs["input"]).detach()
-        self._forwards += 1
-
-    def _linear(self) -> tuple[Tensor, Tensor | None]:
-        """The classifier as it was at the first update, so that training on before `compute` does not mix in."""
-        if self._classifier is None:
-            weight, bias = self.head.weight, self.head.bias
-            self._classifier = (
-                weight.detach().to(self.moments.mean, copy=True),
-                None if bias is None else bias.detach().to(self.moments.mean, copy=True),
-            )
-        return self._classifier
-
-    def _keep(self, features: Tensor, labels: Tensor, chosen: Tensor) -> None:
-        """Copies features to the host, or drops all of them once they exceed the budget."""
-        if self._cache is None:
-            return
-        self._cached_bytes += features.nbytes
-        if self._cached_bytes > self.cache_bytes:
-            self._cache = None
-            return
-        # From an accelerator to pinned memory, so nothing waits; the check of the count in `compute` does.
-        self._cache.append((features.to("cpu", non_blocking=True, copy=True), labels, chosen))
-
-    def _agreement(self, moments: ClassMoments, sync: bool) -> Agreement:
-        """Counts over all ranks; each rank looks at its own features with the means of all."""
-        # Rows: classifier right, nearest mean right, both agree, ranks without features (in every column).
-        counts = torch.stack([self._correct, *(torch.zeros_like(self._correct) for _ in range(3))])
-        if self._cache is None:
-            counts[3] = 1
-        # Distances about the centre of the means: a large common offset would cancel digits of ||h - mu||^2.
-        seen = moments.count > 0
-        origin = moments.mean[seen].mean(0)
-        means = moments.mean - origin
-        half = torch.where(seen, means.square().sum(1) / 2, torch.inf)
-        for batch in self._cache or ():
-            for features, labels, chosen in zip(*(t.split(CHUNK) for t in batch), strict=True):
-                nearest = ((features.to(means) - origin) @ means.T - half).argmax(1)
-                counts[1].index_add_(0, labels, (nearest == labels).long())
-                counts[2].index_add_(0, labels, (nearest == chosen).long())
-        if sync:
-            wire = counts.cuda() if dist.get_backend() == "nccl" else counts.cpu()
-            dist.all_reduce(wire)
-            counts = wire
-        counts = counts.cpu()
-        if counts[3].any():
-            return Agreement(counts[0], None, None, f"absent: features exceed cache_bytes={self.cache_bytes}")
-        return Agreement(counts[0], counts[1], counts[2], "from a second look at the features, kept on the host")
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+    def _report(self, index: int, stream: ClassifierStream, *, sync: bool) -> CollapseReport:
+        moments = self._gathered(stream, sync=sync)
+        moments.check_counts()
+        weight, bias = stream.snapshot()
+        settings: dict[str, Any] = {"center": self.center, "groups": self.groups, "conventions": self.conventions}
+        measurement = Measurement(moments, weight, bias, **settings)
+        looked, source = None, "absent: features exceed cache_bytes and spill_bytes, and there was no second pass"
+        if self._looks:
+            looked, source = self._looks[index].finish(sync=sync), "from a second pass over the samples"
+        elif not self._cache.over:
+            bases = measurement.bases if self._deferred else []
+            weights = measurement.class_weights if self._deferred and self.spectrum else None
+            look = SecondLook(moments, bases, weights)
+            for batch in self._cache:
+                look.add(batch, stream.columns, index)
+            looked, source = look.finish(sync=sync), f"from {self._cache.where}"
+        correct = None
+        if stream.linear is not None:
+            correct = torch.zeros_like(moments.count) if stream.correct is None else stream.correct
+            correct = ranks.total(correct) if sync else correct
+        agree = None if looked is None or stream.linear is None else looked.agree
+        agreement = Agreement(correct, None if looked is None else looked.nearest, agree, source)
+        return measurement.report(agreement, looked if self._deferred and not self._looks else None)
 
 
 def _atoms(groups: Mapping[str, Sequence[int]], num_classes: int) -> Tensor:
@@ -238,3 +328,7 @@ def _atoms(groups: Mapping[str, Sequence[int]], num_classes: int) -> Tensor:
     for column, classes in enumerate(groups.values()):
         membership[classes, column] = 1
     return membership.unique(dim=0, return_inverse=True)[1]
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__

@@ -23,11 +23,12 @@ WIDTH = 120
 class Agreement(NamedTuple):
     """Samples counted per true class, all (K,) integers.
 
-    correct: the classifier is right. center_correct: the nearest class mean is right. agree: both choose the same
-    class; these two are None if the features are gone. source: where they came from, or why they are absent.
+    correct: the classifier is right; None without one. center_correct: the nearest class mean is right. agree: both
+    choose the same class. The last two are None if the features are gone. source: where they came from, or why they are
+    absent.
     """
 
-    correct: Tensor
+    correct: Tensor | None
     center_correct: Tensor | None
     agree: Tensor | None
     source: str
@@ -48,6 +49,7 @@ class CollapseReport:
         classes: the classes reported.
         samples: of these classes.
         nc1: tr(S_W S_B^+)/K, with the rank and the condition of the centred means it rests on.
+        nc1_source: where the scatter for it came from, or why it is absent.
         nc1_trace: tr S_W / tr S_B.
         cdnv: class-distance normalised variance.
         nc2_etf, nc2_etf_weight: distance to the simplex ETF, of class means and of classifier rows.
@@ -83,6 +85,7 @@ class CollapseReport:
     nc1: float = NAN
     nc1_rank: int = 0
     nc1_condition: float = NAN
+    nc1_source: str = "absent: no scatter that resolves it"
     nc1_trace: float = NAN
     cdnv: float = NAN
     nc2_etf: float = NAN
@@ -173,6 +176,7 @@ class CollapseReport:
         rows.append(("samples", *(str(r.samples) for r in columns.values())))
         rows += [(label, *(_number(getattr(r, name)) for r in columns.values())) for label, name in _TABLE]
         notes = f"center {self.center}; NC1 of rank {self.nc1_rank}, condition {_number(self.nc1_condition)}"
+        notes += f", from {self.nc1_source}" if self.nc1 == self.nc1 else f", {self.nc1_source}"
         text = [*_lines(rows), *_wrap(f"{notes}; NC4 {self.nc4_source}")]
         if self.feature_rank is not None:
             ranks = f"rank {self.feature_rank}, stable rank {_number(self.stable_rank)}"

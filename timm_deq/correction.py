@@ -20,7 +20,6 @@ from timm_deq.equilibrium import Equilibrium
 from timm_deq.fixed_point import Map
 from timm_deq.gradients.base import Gradient
 from timm_deq.gradients.phantom import Phantom
-from timm_deq.solution import Solution
 from timm_deq.spectral import at_equilibrium
 
 
@@ -66,13 +65,10 @@ class FixedPointCorrection:
         self.decay = decay
         self._handles: list[Any] = []
         self._iterates: list[Tensor] = []
-        self._evaluations: int | None = None  # of the solve that is running, if one is
 
     def __enter__(self) -> "FixedPointCorrection":
         self._handles = [
-            self.layer.register_forward_pre_hook(self._begin),
-            self.layer.cell.register_forward_pre_hook(self._see),
-            self.layer.register_solution_hook(self._end),
+            self.layer.register_iterate_hook(self._see),
             self.layer.register_forward_hook(self._correct, with_kwargs=True),
         ]
         return self
@@ -111,19 +107,11 @@ class FixedPointCorrection:
         losses = [criterion(part, labels) for part in self.split(logits)]
         return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum(dim=0) / sum(weights)
 
-    def _begin(self, layer: Equilibrium, args: tuple[Any, ...]) -> None:
-        self._iterates, self._evaluations = [], 0
-
-    def _see(self, cell: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._evaluations is None:
-            return
-        # Evaluation k, from 0, is that of the iterate after k updates; in training it is of all samples.
-        if self._evaluations in self.at:
-            self._iterates.append(args[0].detach())
-        self._evaluations += 1
-
-    def _end(self, layer: Equilibrium, phase: str, solution: Solution, trace: list[Tensor]) -> None:
-        self._evaluations = None  # what calls the cell from here on is no solve
+    def _see(self, layer: Equilibrium, step: int, z: Tensor) -> None:
+        if step == 0:
+            self._iterates = []
+        if step in self.at:
+            self._iterates.append(z.detach())
 
     def _correct(
         self, layer: Equilibrium, args: tuple[Any, ...], kwargs: dict[str, Any], z_star: Tensor

@@ -23,6 +23,9 @@ from timm_deq.solvers.base import Solver, autocasts, check_at_least, is_static
 SolutionHook = Callable[["Equilibrium", str, Solution, list[Tensor]], None]
 """Called with the layer, "forward" or "backward", the solution, and the residuals `(B,)` after each evaluation."""
 
+IterateHook = Callable[["Equilibrium", int, Tensor], None]
+"""Called with the layer, the number of updates so far, and the iterates `(B, ...)`, of all samples."""
+
 
 class NonFiniteInputError(ValueError):
     """The input of an equilibrium is not finite: most often, training has diverged before it."""
@@ -68,6 +71,7 @@ class Equilibrium(nn.Module):
         self.min_steps = min_steps
         self.gather = gather
         self._solution_hooks: OrderedDict[int, SolutionHook] = OrderedDict()
+        self._iterate_hooks: OrderedDict[int, IterateHook] = OrderedDict()
         self._refuse_sharded_cell()
 
     def forward(self, x: Tensor, z0: Tensor | None = None, u0: Tensor | None = None) -> Tensor:
@@ -98,7 +102,9 @@ class Equilibrium(nn.Module):
                 f = self.gradient.prepare(f, self.solver)
             with torch.set_grad_enabled(differentiable and self.gradient.records_solve):
                 restrict = self._restriction(x, z0) if not (self.training or differentiable) else None
-                solution = fixed_point(f, z0, self._budgeted_solver(x), restrict=restrict, trace=trace)
+                observe = self._show if self._iterate_hooks else None
+                solver = self._budgeted_solver(x)
+                solution = fixed_point(f, z0, solver, restrict=restrict, trace=trace, observe=observe)
             if trace is not None:
                 self._report("forward", solution, trace)
             z_star = solution.value.to(z0.dtype)
@@ -123,6 +129,16 @@ class Equilibrium(nn.Module):
         handle = RemovableHandle(self._solution_hooks)
         self._solution_hooks[handle.id] = hook
         return handle
+
+    def register_iterate_hook(self, hook: IterateHook) -> RemovableHandle:
+        """Has `hook` called with the iterates of each forward solve, before each evaluation; the handle removes it."""
+        handle = RemovableHandle(self._iterate_hooks)
+        self._iterate_hooks[handle.id] = hook
+        return handle
+
+    def _show(self, step: int, z: Tensor) -> None:
+        for hook in tuple(self._iterate_hooks.values()):
+            hook(self, step, z)
 
     def _report(self, phase: str, solution: Solution, trace: list[Tensor]) -> None:
         for hook in tuple(self._solution_hooks.values()):

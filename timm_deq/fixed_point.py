@@ -42,6 +42,7 @@ def fixed_point(
     *,
     restrict: Callable[[Tensor], Map] | None = None,
     trace: list[Tensor] | None = None,
+    observe: Callable[[int, Tensor], None] | None = None,
 ) -> Solution:
     """Solves `z = f(z)`, each sample of the batch on its own.
 
@@ -62,6 +63,8 @@ def fixed_point(
         restrict: Gives f for some samples alone, whose numbers `(n,)` it is told. Given, the samples that have
             finished are set aside as soon as enough have, and the rest go on by themselves.
         trace: A list to which the residual `(B,)` after each evaluation is appended; a frozen sample keeps its last.
+        observe: Called before each evaluation with the number of updates so far and the iterates of all samples, in the
+            shape and the precision of `z0`; a frozen sample stays at its answer.
 
     Returns:
         The solution; `value` has the shape of `z0` and at least float32 precision.
@@ -90,6 +93,9 @@ def fixed_point(
         return f(z.reshape(shape).to(z0.dtype))
 
     for step in range(1, solver.max_steps + 1):
+        if observe is not None:
+            whole = run.z if aside is None else aside[0].best.index_copy(0, aside[1], run.z)
+            observe(step - 1, whole.reshape(z0.shape).to(z0.dtype))
         fz = evaluate(run.z)
         if step == 1 and not isinstance(fz, fx.Proxy):
             _check_map(z0, fz)

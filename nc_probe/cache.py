@@ -1,0 +1,111 @@
+"""Features kept for a second look.
+
+Some measures need the class means of the whole pass: to which mean a feature is nearest (NC4), and how far it lies from
+its own along the directions in which the means differ (NC1, exactly and without a d x d matrix for each class). So
+features are kept: in the memory of the host up to one budget, on its disk up to another. Beyond both, all are given up.
+"""
+
+import tempfile
+import weakref
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["FeatureCache", "Kept"]
+
+
+class Kept(NamedTuple):
+    """A batch: features (B, d), labels (B,), and what each classifier chose (B, H)."""
+
+    features: Tensor
+    labels: Tensor
+    chosen: Tensor
+
+
+class FeatureCache:
+    """Batches of features, in the order in which they came.
+
+    Args:
+        memory_bytes: of features on the host.
+        disk_bytes: of features in a temporary file, which nobody else sees and which is gone with this object.
+        dtype: to keep features in; float16 and bfloat16 halve them, and round those that are wider. Default: their own.
+
+    Attributes:
+        over: features were more than both budgets, or than the disk could take: from then on none is kept.
+    """
+
+    def __init__(self, memory_bytes: int, disk_bytes: int, dtype: torch.dtype | None = None) -> None:
+        for name, value in (("cache_bytes", memory_bytes), ("spill_bytes", disk_bytes)):
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"cache_dtype must be a floating-point dtype, got {dtype}")
+        self.memory_bytes, self.disk_bytes, self.dtype = memory_bytes, disk_bytes, dtype
+        self._file: BinaryIO | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets every batch; a new pass may begin."""
+        self._empty()
+        self.over = self.memory_bytes + self.disk_bytes == 0
+
+    def append(self, batch: Kept) -> None:
+        """Keeps a copy of a batch, or finds that it is too much: those before it are there until `give_up`."""
+        if self.over:
+            return
+        features = batch.features.detach()
+        kept = features.to("cpu", self.dtype or features.dtype, copy=True)
+        labels, chosen = batch.labels.to("cpu", copy=True), batch.chosen.cpu()
+        if self._memory + kept.nbytes <= self.memory_bytes:
+            self._memory += kept.nbytes
+            self._batches.append(Kept(kept, labels, chosen))
+        elif self._written + kept.nbytes <= self.disk_bytes and self._write(kept):
+            self._batches.append(Kept(kept[:0], labels, chosen))
+        else:
+            self.over = True
+
+    def __iter__(self) -> Iterator[Kept]:
+        if self._file is not None:
+            self._file.seek(0)
+        for features, labels, chosen in self._batches:
+            if len(features) < len(labels):
+                assert self._file is not None
+                raw = bytearray(self._file.read(len(labels) * features.shape[1] * features.element_size()))
+                features = torch.frombuffer(raw, dtype=features.dtype).view(len(labels), -1)
+            yield Kept(features, labels, chosen)
+
+    def give_up(self) -> None:
+        """Forgets every batch, and keeps none of those to come."""
+        self._empty()
+        self.over = True
+
+    @property
+    def where(self) -> str:
+        """Where the features are, in words, for the report."""
+        dtypes = {str(batch.features.dtype).removeprefix("torch.") for batch in self._batches}
+        place = "the host's memory" + (" and disk" if self._file is not None else "")
+        return f"a second look at the features, kept in {place} as {' and '.join(sorted(dtypes))}"
+
+    def _empty(self) -> None:
+        self._batches: list[Kept] = []
+        self._memory = self._written = 0
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def _write(self, features: Tensor) -> bool:
+        """Whether the disk took them."""
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(buffering=0)  # unbuffered: a full disk is noticed here
+                weakref.finalize(self, self._file.close)
+            self._file.seek(self._written)
+            raw = memoryview(features.contiguous().view(torch.uint8).numpy()).cast("B")
+            while raw:
+                raw = raw[self._file.write(raw) :]
+        except OSError:
+            return False
+        self._written += features.nbytes
+        return True

@@ -1,0 +1,87 @@
+"""What is wrong with features, labels and settings, in one line."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_batch", "check_proportion", "check_scatters", "examine", "short"]
+
+# K d^2 float64 that may be taken without having been asked for: K = 100 classes of d = 512 features fit.
+SCATTER_BYTES = 256 * 2**20
+
+
+def check_batch(features: Tensor, labels: Tensor, num_features: int) -> None:
+    """Looks at shapes and types: features floating point (B, d), labels integers (B,).
+
+    Raises:
+        ValueError: they are not so.
+    """
+    if features.ndim != 2 or features.shape[1] != num_features or not features.is_floating_point():
+        raise ValueError(
+            f"features must be floating point of shape (B, {num_features}), "
+            f"got {features.dtype} {tuple(features.shape)}"
+        )
+    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if labels.shape != features.shape[:1]:
+        raise ValueError(f"labels must have shape ({len(features)},) as features have, got {tuple(labels.shape)}")
+
+
+def examine(features: Tensor, labels: Tensor, num_classes: int, *, batch: int, bad: Tensor) -> Tensor:
+    """Looks at the values: at once on the CPU, by a flag kept on the accelerator otherwise.
+
+    Args:
+        features: (B, d), to be finite.
+        labels: (B,), to be in 0..K-1.
+        num_classes: K.
+        batch: its number, for the message.
+        bad: (2,) first batch with bad labels, and with bad features, on an accelerator; -1 if there was none so far.
+
+    Returns:
+        `bad`, with this batch in it.
+
+    Raises:
+        ValueError: bad values on the CPU.
+    """
+    outside = ((labels < 0) | (labels >= num_classes)).any()
+    infinite = ~features.isfinite().all()
+    if labels.device.type == "cpu" and outside:
+        raise ValueError(
+            f"labels must be in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())} in batch {batch}"
+        )
+    if features.device.type == "cpu":
+        if infinite:
+            raise ValueError(f"features must be finite, got NaN or infinity in batch {batch}")
+        return bad
+    found = torch.stack([outside.to(bad.device), infinite])
+    return torch.where(found & (bad < 0), batch, bad)
+
+
+def check_proportion(seen: Tensor, told: Tensor) -> None:
+    """Looks at counts (K,): those seen are to be in proportion to those told.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not torch.allclose(seen * told.sum(), told * seen.sum(), rtol=1e-9, atol=0):
+        raise ValueError(f"class_counts is {short(told)} but the samples seen are {short(seen)}")
+
+
+def check_scatters(num_classes: int, num_features: int) -> None:
+    """Looks at the size of a scatter for each class.
+
+    Raises:
+        ValueError: it is more than one would take without being asked.
+    """
+    wanted = num_classes * num_features**2 * 8
+    if wanted > SCATTER_BYTES:
+        raise ValueError(
+            f"a scatter for each of num_classes={num_classes} with num_features={num_features} takes "
+            f"{wanted / 2**30:.1f} GiB: give class_counts (center='balanced'), or partition=torch.zeros(K) "
+            "(center='empirical'), so that one is enough"
+        )
+
+
+def short(values: Tensor) -> str:
+    """The first ten."""
+    listed = ", ".join(f"{v:g}" for v in values.tolist()[:10])
+    return f"[{listed}{', ...' if len(values) > 10 else ''}]"

@@ -1,0 +1,121 @@
+"""What takes a second look at the features, once the class means are known.
+
+A feature x of class y is taken relative to its class mean, and only within the span of the differences of class means,
+in which everything asked here lies: with V (d, q) an orthonormal basis of that span,
+
+    p = V^T (x - mu_y),    argmin_k ||x - mu_k|| = argmax_k (p + V^T mu_y) . V^T mu_k - ||V^T mu_k||^2 / 2,
+    tr(B^T S_k B) = sum over class k of ||(V^T B)^T p||^2   for any B in the span,
+
+so that one product of d x q a sample serves the nearest class mean (NC4) and NC1 of all classes, of each group and by
+each convention: with B B^T = S_B^+, tr(S_W S_B^+) is a weighted sum of the tr(B^T S_k B).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nc_probe import ranks
+from nc_probe.cache import Kept
+from nc_probe.moments import ROWS, ClassMoments
+from nc_probe.precision import exact_arithmetic
+
+__all__ = ["Looked", "SecondLook"]
+
+
+class Looked(NamedTuple):
+    """Sums over samples.
+
+    nearest: (K,) samples whose nearest class mean is that of their class. agree: (K,) those whose nearest class mean is
+    that of the class chosen. spreads: for each basis (K,) tr(B^T S_k B), zero for classes that are not its own. within:
+    (d, d) the scatter, if wanted.
+    """
+
+    nearest: Tensor
+    agree: Tensor
+    spreads: list[Tensor]
+    within: Tensor | None
+
+
+class SecondLook:
+    """Looks at every sample of a pass again.
+
+    Args:
+        moments: of the whole pass, over all ranks.
+        bases: (B (d, r), classes) whose spreads tr(B^T S_k B) are wanted, in the span of differences of class means.
+        class_weights: (K,) if the scatter sum_k class_weights[k] S_k is wanted.
+    """
+
+    def __init__(
+        self,
+        moments: ClassMoments,
+        bases: Sequence[tuple[Tensor, Tensor]] = (),
+        class_weights: Tensor | None = None,
+    ) -> None:
+        self.moments, self.class_weights = moments, class_weights
+        with exact_arithmetic(moments.device):
+            seen = moments.count > 0
+            self.count, self.nearest, self.agree = (torch.zeros_like(moments.count) for _ in range(3))
+            self.spreads = [torch.zeros_like(moments.trace) for _ in bases]
+            self.within = None if class_weights is None else moments.mean.new_zeros(*[moments.num_features] * 2)
+            # About the centre of the means, so that a large common offset cancels no digits.
+            means = moments.mean - moments.mean[seen].mean(0)
+            wide = int(seen.sum()) < moments.num_features
+            self._span = torch.linalg.qr(means[seen].T)[0] if wide else None
+            self._means = means if self._span is None else means @ self._span
+            self._half = torch.where(seen, self._means.square().sum(1) / 2, torch.inf)
+            self._bases = []
+            for basis, classes in bases:
+                member = torch.zeros_like(seen).index_fill_(0, classes.to(moments.device), True)
+                inside = basis if self._span is None else self._span.T @ basis
+                self._bases.append((inside, None if bool(member[seen].all()) else member))
+
+    def add(self, batch: Kept, columns: slice = slice(None), classifier: int = 0) -> None:
+        """Looks at a batch again.
+
+        Args:
+            batch: features (B, D), labels (B,), and what classifiers chose (B, H).
+            columns: those of the D that are the features looked at.
+            classifier: which of the H. None is asked if H = 0.
+        """
+        device = self.moments.device
+        rows = ROWS if device.type == "cpu" else 8 * ROWS
+        with exact_arithmetic(device):
+            for features, labels, chosen in zip(*(t.split(rows) for t in batch), strict=True):
+                labels, chosen = labels.to(device).long(), chosen.to(device)
+                x = features[:, columns].to(device, torch.float64) - self.moments.mean[labels]
+                self._add(x, labels, chosen[:, classifier] if chosen.shape[1] else None)
+
+    def _add(self, x: Tensor, labels: Tensor, chosen: Tensor | None) -> None:
+        if self.within is not None and self.class_weights is not None:
+            self.within.addmm_((x * self.class_weights[labels, None]).T, x)
+        p = x if self._span is None else x @ self._span
+        for spread, (basis, member) in zip(self.spreads, self._bases, strict=True):
+            mine, of = (p, labels) if member is None else (p[member[labels]], labels[member[labels]])
+            spread.index_add_(0, of, (mine @ basis).square().sum(1))
+        nearest = torch.addmm(-self._half, p + self._means[labels], self._means.T).argmax(1)
+        ones = torch.ones_like(labels)
+        self.count.index_add_(0, labels, ones)
+        self.nearest.index_add_(0, labels, (nearest == labels).long())
+        if chosen is not None:
+            self.agree.index_add_(0, labels, (nearest == chosen).long())
+
+    def finish(self, *, sync: bool = True) -> Looked:
+        """What all ranks have seen, every one of which must call it; or with `sync=False` this one.
+
+        Raises:
+            ValueError: the samples were not those of the first look.
+        """
+        total = ranks.total if sync else lambda tensor: tensor
+        count, nearest, agree = total(torch.stack([self.count, self.nearest, self.agree]))
+        looked = Looked(
+            nearest, agree, [*map(total, self.spreads)], None if self.within is None else total(self.within)
+        )
+        if not torch.equal(count, self.moments.count):
+            k = int((count != self.moments.count).nonzero()[0, 0])
+            raise ValueError(
+                f"the second pass must show the samples of the first, got {int(count[k])} of class {k}, which had "
+                f"{int(self.moments.count[k])}"
+            )
+        return looked
