@@ -1,7 +1,7 @@
 """From moments to a report: which classes, which weights, which reference go into each measure."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from nc_probe.precision import exact_arithmetic
 from nc_probe.report import Agreement, CollapseReport
 from nc_probe.second_look import Looked
 
-__all__ = ["CENTERS", "Measurement", "check_groups", "measure"]
+__all__ = ["CENTERS", "Measurement", "atoms", "check_groups", "measure"]
 
 CENTERS = ("balanced", "empirical")
 
@@ -66,6 +66,14 @@ def check_groups(groups: Mapping[str, Iterable[int]] | None, num_classes: int) -
             raise ValueError(f"groups[{name!r}] must be different classes in 0..{num_classes - 1}, got {listed}")
         checked[name] = torch.tensor(listed, dtype=torch.int64)
     return checked
+
+
+def atoms(groups: Mapping[str, Sequence[int]], num_classes: int) -> Tensor:
+    """(K,) the finest partition that builds every group: classes in the same groups share a number."""
+    membership = torch.zeros(num_classes, len(groups) + 1, dtype=torch.int64)
+    for column, classes in enumerate(groups.values()):
+        membership[classes, column] = 1
+    return membership.unique(dim=0, return_inverse=True)[1]
 
 
 class Measurement:
@@ -119,7 +127,7 @@ class Measurement:
             self.magnitude = float((self.pi @ moments.mean.square().sum(1)).sqrt())
             # S_B^+ of all classes (None), of each group, and by each convention that has one.
             everything = torch.arange(K)
-            self._inverses = {None: self._inverse(everything)}
+            self._inverses: dict[str | None, measures.BetweenInverse] = {None: self._inverse(everything)}
             self._inverses |= {name: self._inverse(classes) for name, classes in self.members.items()}
             self._published = {p: INVERSES[p](moments) for p in self.papers if p in INVERSES}
 

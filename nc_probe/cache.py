@@ -102,7 +102,7 @@ class FeatureCache:
                 self._file = tempfile.TemporaryFile(buffering=0)  # unbuffered: a full disk is noticed here
                 weakref.finalize(self, self._file.close)
             self._file.seek(self._written)
-            raw = memoryview(features.contiguous().view(torch.uint8).numpy()).cast("B")
+            raw = memoryview(features.contiguous().view(torch.uint8).numpy().tobytes())
             while raw:
                 raw = raw[self._file.write(raw) :]
         except OSError:

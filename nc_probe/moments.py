@@ -144,8 +144,7 @@ class ClassMoments:
     def add_scatter(self, features: Tensor, labels: Tensor) -> Self:
         """Adds the scatter, about the class means, of samples that `update` has counted with `scatter=False`.
 
-        For features that were kept and are kept no longer: once all of them have been added, `update` goes on with
-        scatter.
+        For features that are kept no longer: once all of them have been added, `update` goes on with scatter.
 
         Args:
             features: (B, d) as given to `update`.

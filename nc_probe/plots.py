@@ -45,7 +45,8 @@ def plot_grams(report: CollapseReport, *, class_names: Sequence[str] | None = No
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("nc_probe.plots needs matplotlib: pip install 'timm-deq[recipes]'") from error
-    if report.means is None:
+    gram = report.gram
+    if gram is None:
         raise ValueError("report must hold class means, got a report without samples")
     order, spans = _order(report)
     total = max(order) + 1
@@ -55,7 +56,7 @@ def plot_grams(report: CollapseReport, *, class_names: Sequence[str] | None = No
 
     position = {k: i for i, k in enumerate(report.classes)}
     rows = torch.tensor([position[k] for k in order])
-    panels = [("class means (centred)", report.gram[rows][:, rows])]
+    panels = [("class means (centred)", gram[rows][:, rows])]
     if report.gram_weight is not None:
         panels.append(("classifier rows", report.gram_weight[rows][:, rows]))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nc_probe import ranks
-from nc_probe.assembly import CENTERS, Measurement, check_groups, measure
+from nc_probe.assembly import CENTERS, Measurement, atoms, check_groups, measure
 from nc_probe.cache import FeatureCache, Kept
 from nc_probe.conventions import check_conventions
 from nc_probe.heads import count_classes, find_head, is_compiled, unwrap
@@ -111,7 +111,7 @@ class NCProbe:
         pooled = class_counts is not None or center == "empirical"
         self._pooling: dict[str, Any] = {
             "class_counts": class_counts if center == "balanced" else None,
-            "partition": _atoms(self.groups, K) if pooled else None,
+            "partition": atoms(self.groups, K) if pooled else None,
             "device": "cpu" if device.type == "mps" else device,  # which has no float64
         }
         self._output = OutputTap(model)
@@ -186,7 +186,8 @@ class NCProbe:
         Raises:
             ValueError: nothing was added, or something bad on an accelerator, or `class_counts` is not what was seen.
         """
-        if sync and not self._cache.over and any(ranks.largest([self._cache.over])):
+        over = any(ranks.largest([int(self._cache.over)])) if sync else False
+        if over and not self._cache.over:
             self._sum_scatter_instead()  # as another rank had to
         main, *heads = [self._report(i, stream, sync=sync) for i, stream in enumerate(self._classifiers)]
         names = [linear.name for linear in self.head.maps] if self.head and heads else []
@@ -320,14 +321,6 @@ class NCProbe:
         agree = None if looked is None or stream.linear is None else looked.agree
         agreement = Agreement(correct, None if looked is None else looked.nearest, agree, source)
         return measurement.report(agreement, looked if self._deferred and not self._looks else None)
-
-
-def _atoms(groups: Mapping[str, Sequence[int]], num_classes: int) -> Tensor:
-    """(K,) the finest partition that builds every group: classes in the same groups share a number."""
-    membership = torch.zeros(num_classes, len(groups) + 1, dtype=torch.int64)
-    for column, classes in enumerate(groups.values()):
-        membership[classes, column] = 1
-    return membership.unique(dim=0, return_inverse=True)[1]
 
 
 def _shape(value: Any) -> str:

@@ -105,7 +105,7 @@ class TapStream:
             try:
                 moments.update(read.get(name, read[final]), labels)  # a solve that has ended stands still
             except ValueError as error:
-                raise ValueError(f"{self.tap.name}, {name}: {error}") from None
+                raise ValueError(f"layer {name!r}: {error}") from None
 
     def gathered(self, *, sync: bool) -> dict[str, ClassMoments]:
         """The moments over all ranks, every one of which must call it, or of this rank."""
@@ -114,15 +114,16 @@ class TapStream:
             return {name: self.moments[name] for name in names}
         names = self.tap.names(*ranks.largest([len(self.moments)]))
         here = [self.moments[name].num_features if name in self.moments else 0 for name in names]
-        for name, num_features in zip(names, ranks.largest(here), strict=True):
-            if name not in self.moments:
-                self.moments[name] = self._begun(num_features)
+        if names:
+            self._begin(dict(zip(names, ranks.largest(here), strict=True)), names[-1])
         return {name: self.moments[name].sync() for name in names}
 
-    def _begun(self, num_features: int) -> ClassMoments:
-        """Moments of a place that no batch has had so far: for a solve longer than all before, which stood still."""
-        names = self.tap.names(len(self.moments))
-        return copy.deepcopy(self.moments[names[-1]]) if names else self.make(num_features)
+    def _begin(self, sizes: dict[str, int], final: str) -> None:
+        """Moments for places that there were none for: of a solve longer than those before, which stood still."""
+        before = self.moments.get(final)
+        for name, num_features in sizes.items():
+            if name not in self.moments:
+                self.moments[name] = self.make(num_features) if before is None else copy.deepcopy(before)
 
 
 def classifier_streams(head: Head | None, make: MakeMoments) -> list[ClassifierStream]:

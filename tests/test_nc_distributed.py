@@ -1,4 +1,4 @@
-"""Two ranks of gloo on the loopback: the report of all samples, however they are dealt out."""
+"""Ranks of gloo on the loopback: the report of all samples, however they are dealt out."""
 
 import pytest
 import torch
@@ -7,8 +7,29 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from nc_probe import ClassMoments, NCProbe
+from timm_deq import Anderson, Equilibrium
 
 K, d, N = 5, 8, 83
+
+
+class Cell(nn.Module):
+    """The nearer an eigenvalue is to 1, the longer the solve: samples need different numbers of steps."""
+
+    def forward(self, z, x):
+        return torch.linspace(0, 0.9, d, dtype=z.dtype) * torch.tanh(z + x)
+
+
+class Model(nn.Module):
+    """A stage, an equilibrium and a classifier of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.stage, self.fc = nn.Identity(), nn.Linear(d, K)
+        self.layer = Equilibrium(Cell(), solver=Anderson(1e-9, 30))
+
+    def forward(self, x):
+        h = self.stage(x)
+        return self.fc(h + self.layer(h - 1e4))
 
 
 def problem():
@@ -17,17 +38,17 @@ def problem():
     labels = torch.cat([torch.arange(N - 1) % (K - 1), torch.tensor([K - 1])])
     x = 1e4 + torch.randn(K, d, generator=gen).double()[labels] + torch.randn(N, d, generator=gen).double()
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(d, K)).double().eval(), x, labels
+    return Model().double().eval(), x, labels
 
 
-def probe_rank(rank, world, share, arguments):
+def probe_rank(rank, world, share, arguments, size=9):
     """The report of this rank's samples, padded by one duplicate."""
     model, x, labels = problem()
     mine = torch.arange(N)[share(rank, world)]
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model)
     with torch.no_grad(), NCProbe(model, groups={"a": [0, 1], "b": [2, 3, 4]}, **arguments) as probe:
-        for part in mine.split(9):
+        for part in mine.split(size):
             index = torch.cat([part, torch.tensor([0])])
             model(x[index])
             probe.update(labels[index], mask=torch.arange(len(index)) < len(part))
@@ -42,12 +63,14 @@ def everything_to_one(rank, world):
     return slice(None) if rank == world - 1 else slice(0, 0)
 
 
+PLACES = {"layers": ["stage"], "iterates": True, "conventions": ["papyan2020", "zhu2021", "fang2021"]}
 CASES = [
-    (stripes, {}),
-    (stripes, {"class_counts": [21, 21, 20, 20, 1]}),
+    (stripes, PLACES),
+    (stripes, {"class_counts": [21, 21, 20, 20, 1], "cache_bytes": 0}),
     (stripes, {"center": "empirical"}),
-    (everything_to_one, {}),
-    (stripes, {"cache_bytes": 41 * d * 8}),  # the first rank has 42 samples, too many to keep
+    (everything_to_one, PLACES),
+    (stripes, {"cache_bytes": d * 8, "spill_bytes": 10**6}),
+    (stripes, {"cache_bytes": d * 8 * (N // 4), "spill_bytes": 0}),  # too few for some ranks or for all
 ]
 
 
@@ -68,6 +91,9 @@ def worker(rank, world, path, out):
         report, again = probe.compute(), probe.compute()
         assert report.as_dict() == again.as_dict(), "computing twice counts nothing twice"
         reports.append(report.as_dict(per_class=True))
+    probe = probe_rank(rank, world, stripes, {"cache_bytes": 0})
+    show_again(probe, rank, world)
+    reports.append(probe.compute().as_dict(per_class=True))
     alone = probe_rank(rank, world, stripes, {}).compute(sync=False).samples
 
     _, x, labels = problem()
@@ -82,22 +108,36 @@ def worker(rank, world, path, out):
     dist.destroy_process_group()
 
 
+def show_again(probe, rank, world):
+    model = probe.model
+    _, x, labels = problem()
+    with torch.no_grad(), probe.second_pass():
+        for i in torch.arange(N)[rank::world].split(7):
+            model(x[i])
+            probe.update(labels[i])
+
+
 @pytest.mark.ddp
-def test_two_ranks_report_what_one_does(tmp_path):
-    mp.spawn(worker, (2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    assert ranks[0]["reports"] == ranks[1]["reports"], "to the last bit"
-    assert [rank["alone"] for rank in ranks] == [42, 41]
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_report_what_one_does(tmp_path, world):
+    mp.spawn(worker, (world, str(tmp_path / "store"), str(tmp_path)), nprocs=world)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    assert all(rank["reports"] == ranks[0]["reports"] for rank in ranks), "to the last bit"
+    assert sum(rank["alone"] for rank in ranks) == N and max(rank["alone"] for rank in ranks) == -(-N // world)
     assert {rank["told"] for rank in ranks} == {"features must be finite, got NaN or infinity in batch 3"}
-    for (_, arguments), got in zip(CASES, ranks[0]["reports"], strict=True):
-        expected = probe_rank(0, 1, stripes, {**arguments, "cache_bytes": 2**30}).compute().as_dict(per_class=True)
+    for (_, arguments), got in zip([*CASES, (stripes, {})], ranks[0]["reports"], strict=True):
+        whole = {k: v for k, v in arguments.items() if k not in ("cache_bytes", "spill_bytes")}
+        expected = probe_rank(0, 1, stripes, whole, size=50).compute().as_dict(per_class=True)
         assert got["samples"] == N and sum(got["class_count"]) == N
-        if "cache_bytes" in arguments:
-            assert got["nc4"] is None and got["center_accuracy"] is None and "absent" in got["nc4_source"]
+        kept = "cache_bytes" not in arguments or arguments.get("spill_bytes")
+        assert (got["nc4"] is not None) == (got["center_accuracy"] is not None) == bool(kept)
+        if "iterates" in arguments:
+            assert list(got["iterates"])[:3] == ["H0", "z1", "z2"] and len(got["iterates"]) > 6
         got, expected = leaves(got), leaves(expected)
         for name, value in got.items():
             if isinstance(value, float):
-                assert value == pytest.approx(expected[name], rel=1e-10, abs=1e-14), name
+                # A mean of about 1e4 is rounded by 2e-12.
+                assert value == pytest.approx(expected[name], rel=1e-10, abs=1e-11), name
             elif value is None:
-                assert "cache_bytes" in arguments or expected[name] is None, name
+                assert not kept or expected[name] is None, name
         assert len(got) > 100
