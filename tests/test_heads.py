@@ -105,6 +105,7 @@ def test_the_linear_map_of_every_timm_module(name):
     exact = name != NOT_LINEAR
     assert (relative_error(model, x, logits) < 1e-4) == exact
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught, NCProbe(model) as probe:
+        warnings.simplefilter("always")
         model(x)
         probe.update(torch.arange(len(x)))
     assert len(caught) == (not exact) and (probe.linear_error < 1e-4) == exact
