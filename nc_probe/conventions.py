@@ -44,10 +44,10 @@ def papyan2020(
     with exact_arithmetic(moments.device):
         W = _rows(moments, weight)
         seen = moments.count > 0
-        K, n, mu = int(seen.sum()), moments.count[seen], moments.mean[seen]
+        n, mu = moments.count[seen], moments.mean[seen]
         M = mu - mu.mean(0)
         norm, angle = _unbiased_equinorm(M), pairwise.equiangle(M)[1]
-        values = {"nc1": _nc1(moments, M, K - 1), "nc2_norm": norm, "nc2_norm_weight": NAN}
+        values = {"nc1": _nc1(moments, M), "nc2_norm": norm, "nc2_norm_weight": NAN}
         values |= {"nc2_angle": angle, "nc2_angle_weight": NAN, "nc3": NAN, "nc4": NAN}
         if W is not None:
             values["nc2_norm_weight"] = _unbiased_equinorm(W)
@@ -68,7 +68,7 @@ def zhu2021(
     """Zhu et al., "A Geometric Analysis of Neural Collapse with Unconstrained Features", NeurIPS 2021.
 
     mu_G is the mean of all samples, S_W = (1/N) sum over all samples, S_B = (1/K) sum_k (mu_k - mu_G)(mu_k - mu_G)^T:
-    every class counts once in it, but about the centre of samples. On imbalanced data it may have rank K.
+    every class counts once in it, but about the centre of samples. Its rank is K - 1, as sum_k n_k (mu_k - mu_G) = 0.
 
     Returns:
         nc1: tr(S_W S_B^+) / K. [0, inf), 0 at collapse.
@@ -83,7 +83,7 @@ def zhu2021(
         K, n, mu = int(seen.sum()), moments.count[seen].double(), moments.mean[seen]
         center = (n / n.sum()) @ mu
         M = mu - center
-        values = {"nc1": _nc1(moments, M, K) / K, "nc2": NAN, "nc3": NAN, "nc3_bias": NAN}
+        values = {"nc1": _nc1(moments, M) / K, "nc2": NAN, "nc3": NAN, "nc3_bias": NAN}
         if W is not None:
             if len(W) > 1:
                 values["nc2"] = pairwise.gram_distance(W, simplex_etf(len(W)))
@@ -130,7 +130,7 @@ def _rows(moments: ClassMoments, weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.detach().to(moments.mean)
 
 
-def _nc1(moments: ClassMoments, centered: Tensor, max_rank: int) -> float:
+def _nc1(moments: ClassMoments, centered: Tensor) -> float:
     """tr(S_W S_B^+) with S_W over all samples and every class once in S_B."""
     n, K = moments.count.double(), len(centered)
     per_sample = torch.full_like(n, 1 / float(n.sum()))
@@ -138,7 +138,7 @@ def _nc1(moments: ClassMoments, centered: Tensor, max_rank: int) -> float:
         return NAN
     weights = torch.full_like(centered[:, 0], 1 / K)
     magnitude = math.sqrt(float(moments.mean.square().sum()) / K)
-    inverse = measures.between_inverse(centered, weights, max_rank=max_rank, magnitude=magnitude)
+    inverse = measures.between_inverse(centered, weights, max_rank=K - 1, magnitude=magnitude)
     return measures.nc1(inverse, moments.within(per_sample), 1)
 
 
