@@ -302,8 +302,15 @@ class NCProbe:
         moments = self._gathered(stream, sync=sync)
         moments.check_counts()
         weight, bias = stream.snapshot()
-        settings: dict[str, Any] = {"center": self.center, "groups": self.groups, "conventions": self.conventions}
-        measurement = Measurement(moments, weight, bias, **settings)
+        measurement = Measurement(
+            moments,
+            weight,
+            bias,
+            center=self.center,
+            groups=self.groups,
+            conventions=self.conventions,
+            features_dtype=stream.dtype,
+        )
         looked, source = None, "absent: features exceed cache_bytes and spill_bytes, and there was no second pass"
         if self._looks:
             looked, source = self._looks[index].finish(sync=sync), "from a second pass over the samples"
