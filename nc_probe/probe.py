@@ -230,8 +230,9 @@ class NCProbe:
             raise ValueError(f"model must be in evaluation mode, but its module {training!r} trains: call model.eval()")
         given = self._output.take()
         features = given if self._input is None else self._input.take()
-        if not isinstance(features, Tensor) or features.ndim != 2:
-            raise ValueError(f"a model without classifier must give (B, d), got {_shape(features)}")
+        if features is None or features.ndim != 2:
+            shape = None if features is None else tuple(features.shape)
+            raise ValueError(f"a model without classifier must give a tensor (B, d), got {shape}")
         if labels.shape != features.shape[:1]:
             raise ValueError(f"labels must have shape ({len(features)},) as the batch has, got {tuple(labels.shape)}")
         if mask is not None:
@@ -328,7 +329,3 @@ class NCProbe:
         agree = None if looked is None or stream.linear is None else looked.agree
         agreement = Agreement(correct, None if looked is None else looked.nearest, agree, source)
         return measurement.report(agreement, looked if self._deferred and not self._looks else None)
-
-
-def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
