@@ -41,8 +41,7 @@ class NCProbe:
     attribute. The features are those that the classifier received, in their own precision (bfloat16 under autocast);
     all arithmetic on them is float64, which neither autocast nor TF32 touches.
 
-    A compiled model runs eagerly inside the `with`, because compiled code ignores hooks that were added after it was
-    compiled.
+    A compiled model runs eagerly inside the `with`, because compiled code ignores hooks that were added later.
 
     What needs the final class means takes a second look at the features (NC1, NC4, the rank of the features), which are
     kept: on the host up to `cache_bytes` of this rank, then on disk up to `spill_bytes`. Beyond both, or with

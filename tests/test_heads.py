@@ -245,6 +245,13 @@ def test_features_of_a_model_without_classifier(name):
     assert report.nc1 > 0 and report.center_accuracy == float((nearest == labels).double().mean())
 
 
+def test_one_head_of_two_is_not_enough():
+    net = TimmNet()
+    net.get_classifier = lambda: (net.fc, nn.Identity())
+    with pytest.raises(ValueError, match="must be or contain an nn.Linear or a 1x1 nn.Conv2d, got Identity"):
+        find_head(net)
+
+
 def test_num_classes_of_a_classifier_is_its_own():
     with pytest.raises(ValueError, match="num_classes must be 7, got 8"):
         NCProbe(Net(), num_classes=8)

@@ -332,7 +332,9 @@ def test_entering_and_reset_start_afresh():
         with probe:
             model(x)
             probe.update(labels)
-        assert probe.compute().samples == 57
+        report = probe.compute()
+        assert report.samples == 57
+    assert_same(report, run(model, x, labels))
     with probe:
         model(x)
         probe.update(labels).reset()
@@ -382,6 +384,15 @@ def test_misuse_is_one_line(use, message):
         use(model, probe, x, labels)
     assert "\n" not in str(error.value)
     assert not model.fc._forward_pre_hooks
+
+
+def test_a_classifier_that_is_called_twice_is_no_classifier():
+    class Twice(Net):
+        def forward(self, x):
+            return self.fc(self.features(x)) + self.fc(self.features(-x))
+
+    with pytest.raises(ValueError, match="got 2 through its classifier 'fc' since the last update"):
+        run(Twice().eval(), *data())
 
 
 def test_a_failed_update_counts_nothing():
