@@ -38,8 +38,11 @@ def test_the_peer_and_the_probe_agree_in_float64(problem):
 
 
 def test_the_peer_by_hand(problem):
-    """Loops in NumPy."""
-    x, labels, head, batches = problem
+    """Loops in NumPy; class 0 has fewer samples than the others."""
+    x, labels, head, _ = problem
+    keep = (labels > 0) | (torch.arange(600) < 200)
+    x, labels = x[keep], labels[keep]
+    batches = list(zip(x.split(70), labels.split(70), strict=True))
     found = benchmark_probe.peer(batches, head.weight, torch.float64)
     x, labels, W = x.double().numpy(), labels.numpy(), head.weight.detach().double().numpy()
     mu = np.array([x[labels == k].mean(0) for k in range(6)])

@@ -14,7 +14,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 def test_every_block_runs(tmp_path, capsys):
     save_for_hf(timm.create_model("deq_resnet8_cifar"), str(tmp_path), safe_serialization=True)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         names = {"cell": conv_cell(), "x": torch.randn(2, 4, 3, 3)}  # what README leaves to the reader
         exec(block.replace("runs/digits/checkpoint", str(tmp_path)), names)
