@@ -93,4 +93,4 @@ def one_epoch_of_few(monkeypatch):
 def test_an_unknown_part_is_refused(capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["prob"])
-    assert "'prob' is no part; allowed: solvers, probe" in capsys.readouterr().err
+    assert f"'prob' is no part; allowed: {', '.join(benchmark.PARTS)}" in capsys.readouterr().err
