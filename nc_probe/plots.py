@@ -178,7 +178,7 @@ def plot_angles(report: CollapseReport, *, title: str | None = None) -> Figure:
 
     classes = torch.tensor(report.classes)
     members = [torch.isin(classes, torch.tensor(group.classes)) for group in report.groups.values()]
-    labels = [*(f"within {name}" for name in report.groups), "between groups" if members else "all pairs"]
+    labels = [*(f"within {name}" for name in report.groups), "other pairs" if members else "all pairs"]
     counts = [_count_angles(rows, members) for _, rows in panels]
     etf = math.degrees(math.acos(simplex_etf_cosine(len(classes))))
     seen = STEP * torch.stack(counts).sum((0, 1)).nonzero()[:, 0]
@@ -196,7 +196,8 @@ def plot_angles(report: CollapseReport, *, title: str | None = None) -> Figure:
         ax.axvline(etf, color="black", linestyle="--", linewidth=1.2, label=f"simplex ETF: {etf:.1f}°")
         _finish(ax, label, "angle, degrees")
     axes[0].set_xlim(max(low - 2 * width, 0), min(high + 3 * width, 180))
-    axes[0].set_ylim(0, 1.25 * axes[0].get_ylim()[1])  # room for the legends
+    axes[0].set_yticks([tick for tick in axes[0].get_yticks() if tick <= 100])
+    axes[0].set_ylim(0, 1.45 * axes[0].get_ylim()[1])  # room for the legends
     axes[0].set_ylabel("% of the pairs")
     for ax in axes:
         ax.legend(frameon=False, fontsize=8)
@@ -249,10 +250,10 @@ def _scale(ax: Axes) -> None:
         ax.set_yscale("log")
         if max(values) < 1e3 * min(values):
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        ax.yaxis.set_major_formatter("{x:.2g}")
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        ax.set_ylim(bottom=0)
+    elif values:
+        ax.set_ylim(0, 1.08 * max(values) or 1)
 
 
 def _count_angles(rows: Tensor, members: Sequence[Tensor]) -> Tensor:

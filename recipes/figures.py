@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -222,7 +223,8 @@ def tsne_figure(
         features: (N, d), N of 4 or more.
         labels: classes, (N,).
         groups: classes of each group; may be none.
-        class_names: names of the K classes, written at the median of a class.
+        class_names: names of the K classes. Up to 20 classes have theirs at the sample next to their median; of more a
+            colour bar tells the numbers.
         seed: of the embedding, which starts from the two principal components.
         title: above the picture.
     """
@@ -236,27 +238,25 @@ def tsne_figure(
     figure = Figure(figsize=(7.6, 7), layout="constrained")
     axes = figure.subplots()
     classes = np.unique(labels)
-    few = len(classes) <= len(_CLASS_COLORS)
-    colors = _CLASS_COLORS if few else matplotlib.colormaps["turbo"](np.linspace(0.03, 0.97, len(classes)))
-    member = {k: name for name, members in reversed(groups.items()) for k in members}
+    shades = ScalarMappable(Normalize(0, max(len(class_names) - 1, 1)), "turbo")
+    colors = _CLASS_COLORS if len(classes) <= len(_CLASS_COLORS) else shades.to_rgba(classes)
     marker = dict(zip(groups, itertools.cycle("o^sDvP")))
     for k, color in zip(classes, colors, strict=False):
-        own = points[labels == k]
-        style: dict[str, Any] = {
-            "color": color,
-            "marker": marker.get(member.get(int(k), ""), "o" if not groups else "x"),
-        }
-        axes.scatter(*own.T, s=16 if few else 11, alpha=0.75, linewidths=0.4, **style)
-    for k in classes if len(classes) <= 100 else ():
-        x, y = np.median(points[labels == k], axis=0)
-        text = axes.text(x, y, class_names[k], ha="center", va="center", fontsize=10 if few else 7, weight="bold")
-        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+        shape = next((marker[name] for name, members in groups.items() if k in members), "x" if groups else "o")
+        axes.scatter(*points[labels == k].T, color=color, marker=shape, s=14, alpha=0.75, linewidths=0.4)
+    if len(classes) <= 20:
+        for k in classes:
+            own = points[labels == k]
+            x, y = own[np.square(own - np.median(own, axis=0)).sum(1).argmin()]
+            text = axes.text(x, y, class_names[k], ha="center", va="center", fontsize=10, weight="bold")
+            text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+    else:
+        figure.colorbar(shades, ax=axes, label="class", shrink=0.8, aspect=40)
     for name, shape in marker.items():
-        axes.scatter([], [], color="0.35", marker=shape, s=28, label=f"{name} class")
+        axes.scatter([], [], color="0.35", marker=shape, s=28, label=name)
     axes.set_title(title, fontsize=10.5)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_aspect("equal", "datalim")
     if groups:
-        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     return figure

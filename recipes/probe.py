@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
         workers=config.workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    memory = {} if args.cache_mib is None else {"cache_bytes": args.cache_mib * 2**20}
+    cache_mib = 0 if args.second_pass else 1024 if args.cache_mib is None else args.cache_mib
     probe = NCProbe(
         net,
         groups=groups,
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
         layers="stages" if list(args.layers) == ["stages"] else args.layers,
         iterates=args.iterates,
         conventions=args.conventions,
-        **({"cache_bytes": 0} if args.second_pass else memory),
+        cache_bytes=cache_mib * 2**20,
     )
     with probe:
         show(net, tqdm(loader, desc="images", unit="batch", leave=False), accelerator, probe)
