@@ -248,7 +248,7 @@ def tsne_figure(
         for k in classes:
             own = points[labels == k]
             x, y = own[np.square(own - np.median(own, axis=0)).sum(1).argmin()]
-            text = axes.text(x, y, class_names[k], ha="center", va="center", fontsize=10, weight="bold")
+            text = axes.text(x, y, class_names[int(k)], ha="center", va="center", fontsize=10, weight="bold")
             text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
     else:
         figure.colorbar(shades, ax=axes, label="class", shrink=0.8, aspect=40)

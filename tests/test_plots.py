@@ -119,6 +119,14 @@ def test_angles_of_pairs_by_group(groups):
         assert all(low <= angle <= high for angle in found.values()) and low < 104 < high
 
 
+def test_angles_without_the_classes_that_have_no_samples():
+    report = example(counts=torch.tensor([3, 0, 4, 5]), groups={"pair": [1, 2, 3]})
+    shown = bars(plot_angles(report).axes[0])
+    assert list(shown) == ["within pair: 1", "other pairs: 2"]
+    heights, edges, _ = shown["within pair: 1"]
+    assert heights[np.histogram([angles(report.means)[1, 2]], edges)[0] > 0] == [100]
+
+
 def test_angles_of_many_classes_are_counted_in_tiles():
     counts = torch.ones(700, dtype=torch.int64)
     report = example(0, groups={"few": range(505, 530)}, counts=counts, weight=False)
