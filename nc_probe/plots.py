@@ -99,7 +99,7 @@ def plot_grams(
             ax.set_xlabel("classes, most frequent first", fontsize=9)
     bar = figure.colorbar(colors, ax=list(axes), shrink=0.82, label="cosine")
     if len(classes) > 1:
-        ideal = simplex_etf_cosine(len(classes))
+        ideal = simplex_etf_cosine(report.num_classes)
         bar.ax.axhline(ideal, color="black", linewidth=1.5)
         bar.ax.text(-0.15, ideal, "ETF", ha="right", va="center", fontsize=8, transform=bar.ax.get_yaxis_transform())
     return figure
@@ -180,7 +180,7 @@ def plot_angles(report: CollapseReport, *, title: str | None = None) -> Figure:
     members = [torch.isin(classes, torch.tensor(group.classes)) for group in report.groups.values()]
     labels = [*(f"within {name}" for name in report.groups), "other pairs" if members else "all pairs"]
     counts = [_count_angles(rows, members) for _, rows in panels]
-    etf = math.degrees(math.acos(simplex_etf_cosine(len(classes))))
+    etf = math.degrees(math.acos(simplex_etf_cosine(report.num_classes)))
     seen = STEP * torch.stack(counts).sum((0, 1)).nonzero()[:, 0]
     low, high = (min(float(seen.min()), etf), max(float(seen.max()), etf)) if len(seen) else (etf, etf)
     width = next((w for w in WIDTHS if high - low <= w * MAX_BARS), WIDTHS[-1])
