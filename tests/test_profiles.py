@@ -61,10 +61,10 @@ def test_exponential_has_the_published_sizes(sizes, ratio, total):
     assert sorted(sum(groups.values(), [])) == list(range(len(sizes)))
 
 
-def test_exponential_gives_whole_powers_in_whole():
-    assert exponential(np.full(4, 1000), ratio=1000)[0].tolist() == [1000, 100, 10, 1]
-    assert exponential(np.full(3, 49), ratio=49)[0].tolist() == [49, 7, 1]  # 49 times 1/49 is less than 1
-    assert exponential(np.full(4, 125), ratio=125)[0].tolist() == [125, 25, 5, 1]
+@pytest.mark.parametrize("base", [2, 3, 5, 7, 10])
+def test_exponential_gives_whole_powers_in_whole(base):
+    powers = [base**i for i in range(5, -1, -1)]  # of which floating point misses 27 by 4e-15
+    assert exponential(np.full(6, powers[0]), ratio=powers[0])[0].tolist() == powers
 
 
 # Buda et al. (2018): the share mu of the classes has 1 / rho of the images.
