@@ -228,10 +228,10 @@ def _classifier(model: Any) -> nn.Module:
 
 def _linear(model: nn.Module) -> nn.Linear:
     """The last layer, if it is an nn.Linear whose weights are its own."""
-    linear = _classifier(model)
-    if not isinstance(linear, nn.Linear) or parametrize.is_parametrized(linear):
-        raise ValueError(f"classifier of {type(model).__name__} is {type(linear).__name__}; allowed: a plain nn.Linear")
-    return linear
+    layer = _classifier(model)
+    if isinstance(layer, nn.Linear) and not parametrize.is_parametrized(layer):
+        return layer
+    raise ValueError(f"classifier of {type(model).__name__} is {type(layer).__name__}; allowed: a plain nn.Linear")
 
 
 def _without_bias(linear: nn.Linear) -> nn.Linear:
