@@ -236,5 +236,7 @@ def _linear(model: nn.Module) -> nn.Linear:
 
 def _without_bias(linear: nn.Linear) -> nn.Linear:
     """A layer of the same shape, of no value yet; the random generator stays where it is."""
-    shape = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": False}
-    return skip_init(nn.Linear, **shape, device=linear.weight.device, dtype=linear.weight.dtype)
+    shape: dict[str, Any] = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": False}
+    layer = skip_init(nn.Linear, **shape, device=linear.weight.device, dtype=linear.weight.dtype)
+    assert isinstance(layer, nn.Linear)
+    return layer
