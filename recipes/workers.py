@@ -51,7 +51,7 @@ class ImageLoader(DataLoader):
     def __init__(self, view: Any, batches: Any, *, workers: int | None, pin_memory: bool, persistent: bool):
         if workers is None:
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            workers = 0 if len(view) < _SMALL else max(1, min(8, (os.cpu_count() or 1) // ranks_here))
+            workers = 0 if len(view) < _SMALL else max(1, min(8, _processors() // ranks_here))
         persistent = persistent and workers > 0
         super().__init__(
             view, batch_sampler=batches, num_workers=workers, persistent_workers=persistent, pin_memory=pin_memory
@@ -60,3 +60,8 @@ class ImageLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:
         with naming_dead_workers():
             yield from super().__iter__()
+
+
+def _processors() -> int:
+    """Processors that this process may use; macOS tells only how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
