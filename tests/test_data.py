@@ -35,6 +35,14 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def impatient():
+    """Torch looks every 5 seconds whether a worker is alive, and waits as long for one that has met an error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+        yield
+
+
 def pictures(n, size=(16, 16)):
     pixels = np.random.default_rng(0).integers(0, 256, (n, *size, 3), dtype=np.uint8)
     return [Image.fromarray(x) for x in pixels]

@@ -19,6 +19,14 @@ GREY = CONFIG | {"input_size": (1, 12, 10), "mean": (0.45,), "std": (0.22,)}
 INDICES = np.arange(40, 3, -1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def impatient():
+    """Torch looks every 5 seconds whether a worker is alive, and waits as long for one that has met an error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+        yield
+
+
 def encoded(sizes):
     """A split of pictures of several sizes, grey and coloured ones, as PNG."""
     rng = np.random.default_rng(0)

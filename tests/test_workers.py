@@ -10,6 +10,14 @@ from torch.utils.data import Dataset
 from recipes.workers import ImageLoader, WorkerDiedError, naming_dead_workers
 
 
+@pytest.fixture(autouse=True, scope="module")
+def impatient():
+    """Torch looks every 5 seconds whether a worker is alive, and waits as long for one that has met an error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+        yield
+
+
 class Ending(Dataset):
     """Item 5 ends the process that asks for it."""
 
@@ -23,8 +31,7 @@ class Ending(Dataset):
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_a_killed_worker_is_one_line(persistent, monkeypatch):
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds between torch's looks
+def test_a_killed_worker_is_one_line(persistent):
     loader = ImageLoader(Ending(), [[0, 1], [5, 2]], workers=1, pin_memory=False, persistent=persistent)
     with pytest.raises(WorkerDiedError) as raised:
         for _, labels in loader:
