@@ -46,6 +46,15 @@ def test_splitmix64_is_the_scalar_generator(states, count):
     assert words.tolist() == [list(python_splitmix64(state, count)) for state in states]
 
 
+@pytest.mark.parametrize(("seed", "draw"), [(0, 0), (7, 12345), (2**32 - 1, 10**12)])
+def test_words_are_those_of_a_generator_for_each_draw(seed, draw):
+    """Written with scalars: so the same run, years later, sees the same images."""
+    (key,) = python_splitmix64(seed, 1)
+    # A generator's first output is the hash of its state and the constant, which is taken off here.
+    (state,) = python_splitmix64((key + draw - 0x9E3779B97F4A7C15) % 2**64, 1)
+    assert random_words(seed, np.array([draw]), 5)[0].tolist() == list(python_splitmix64(state, 5))
+
+
 def test_words_depend_on_seed_and_draw_alone():
     words = random_words(3, DRAWS, 4)
     order = np.random.default_rng(0).permutation(len(DRAWS))
@@ -123,9 +132,10 @@ def test_erase_is_a_slice():
     assert torch.equal(erase(images, torch.tensor(boxes)), wanted)
 
 
-@pytest.mark.parametrize(("height", "width"), [(16, 16), (9, 40)])
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (9, 40), (2, 80)])
 def test_random_erasing_is_timms(monkeypatch, height, width):
-    """Timm's own code, which asks for random numbers, is given ours in its order; a long image makes it try again."""
+    """Timm's own code, which asks for random numbers, is given ours in its order; a long image makes it try
+    again, or in vain."""
     draws, tries = np.arange(300), []
     words = random_words(5, draws, 28)
     choices = Augmentation(re_prob=0.6).choose(5, draws, height, width)
@@ -157,7 +167,9 @@ def test_random_erasing_is_timms(monkeypatch, height, width):
         ours[:, top:bottom, left:right] = 0
         assert torch.equal(ours, wanted)
     erased = choices[:, 8] > choices[:, 7]
-    assert 0.4 < erased.mean() < 0.8 and (max(tries) > 3 or width == height)
+    assert 0 < erased.mean() < 0.7
+    assert max(tries) > 3 or width == height
+    assert (max(tries) == 10) == (height == 2)
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 30])
