@@ -50,7 +50,10 @@ def test_evaluation_gets_the_tensors_that_workers_give(split, config):
     view = ImageView(split, INDICES, eval_transform(config), channels=config["input_size"][0])
     dealing = dict(batch_size=9, rank=1, world=2)
     wanted = list(eval_loader(view, **dealing, workers=0))
-    pipelines = (choose_pipeline(mode, images=37, data_config=config) for mode in ("resident", "workers"))
+    pipelines = (  # which augment in training alone
+        choose_pipeline(mode, images=37, data_config=config, augmentation={"crop_pad": 2, "hflip": 1.0})
+        for mode in ("resident", "workers")
+    )
     for loader in (
         ResidentLoader(images, [range(9, 18), range(27, 36)], config),
         *(pipeline.load(split, INDICES).eval_loader(**dealing) for pipeline in pipelines),
@@ -89,6 +92,7 @@ AUGMENTATION = dict(crop_pad=3, hflip=0.5, cutout=4, re_prob=0.5)
 def test_training_images_are_pils_by_seed_and_draw(split):
     training = choose_pipeline(images=37, data_config=CONFIG, augmentation=AUGMENTATION, seed=9)
     images = training.load(split, INDICES)
+    assert len(images) == 37 and images.labels.tolist() == [i % 3 for i in range(40, 3, -1)]
     (sampler := EpochSampler(images.labels, batch_size=10, seed=2)).set_epoch(3)
     loader = images.train_loader(sampler)
     assert len(loader) == len(sampler)
