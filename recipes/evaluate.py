@@ -16,6 +16,7 @@ import importlib.metadata
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,6 +45,7 @@ from recipes.data import (
     load_splits,
     open_dataset,
 )
+from recipes.faults import DiskError, Stopped
 from recipes.figures import anytime_figure
 from recipes.longtail import Groups, Manifest
 from timm_deq import Equilibrium, NonFiniteInputError, SolveLog, set_solver
@@ -58,6 +60,9 @@ IMAGE_FLAGS: dict[str, tuple[type, str]] = {
     "eval_batch_size": (int, "images of one forward pass, on each rank"),
     "workers": (int, "processes per rank that decode images; chosen by the size of the set if not given"),
 }
+
+
+BY_ONE_RANK = (CorruptImageError, NonFiniteInputError, DiskError)  # who sees a fault of an image, or of a disk
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -231,11 +236,15 @@ def exit_code(work: Callable[[], None]) -> int:
     """Do the work of a script, and give its exit code; what the user can mend is told in one line."""
     try:
         work()
+    except (Stopped, KeyboardInterrupt) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(str(error) or "stopped by SIGINT", file=sys.stderr)
+        return error.code if isinstance(error, Stopped) else 128 + signal.SIGINT
     except (ValueError, OSError, FloatingPointError) as error:
         if sys.flags.dev_mode:
             raise
-        # All ranks find the same fault, but for those of an image, which only the rank that has it sees.
-        if int(os.environ.get("RANK", "0")) and not isinstance(error, (CorruptImageError, NonFiniteInputError)):
+        # All ranks find the same fault, but for some.
+        if int(os.environ.get("RANK", "0")) and not isinstance(error, BY_ONE_RANK):
             time.sleep(10)  # a rank that leaves ends the others, and the main one has yet to speak
         else:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -31,9 +31,9 @@ def save_figures(
     class_names: Sequence[str],
     title: str,
 ) -> None:
-    """Write the pictures of a run into a new folder: training.png, gram.png and, for a model that solves,
-    residual.png and steps.png."""
-    folder.mkdir()
+    """Write the pictures of a run into a folder: training.png, gram.png and, for a model that solves, residual.png and
+    steps.png."""
+    folder.mkdir(exist_ok=True)
     training_figure(records, title=title).savefig(folder / "training.png", dpi=150)
     gram = plot_grams(report, class_names=class_names, title=f"{title}: cosines between classes")
     gram.savefig(folder / "gram.png", dpi=150)

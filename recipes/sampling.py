@@ -12,6 +12,7 @@ accumulation x world / B  on each part the result is the mean over the B images,
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -94,7 +95,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     ):
         self.labels, self.order, self.seed = np.asarray(labels), order, seed
         self.rank, self.world, self.accumulation = rank, world, accumulation
-        self.epoch = 0
+        self.epoch = self.start = 0
         self.updates = math.ceil(len(self.labels) / batch_size)
         if len(self.labels) // self.updates < accumulation * world:
             least = accumulation * world
@@ -103,12 +104,13 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
                 f"or more, one image for each of {world} ranks x {accumulation} accumulation steps"
             )
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """The epoch to draw next, from an update on: a run that is resumed has done the first ones."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        """Forward passes of this rank in one epoch."""
-        return self.updates * self.accumulation
+        """Forward passes of this rank in what is left of the epoch."""
+        return (self.updates - self.start) * self.accumulation
 
     def images(self, updates: int) -> int:
         """Images, over all ranks, of the first updates of an epoch."""
@@ -123,10 +125,11 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = ORDERS[self.order](self.labels, seed=self.seed, epoch=self.epoch)
         draws = self.epoch * len(order) + np.arange(len(order))
-        for part, _ in self._parts(np.stack([order, draws], axis=1)):
+        parts = self._parts(np.stack([order, draws], axis=1))
+        for part, _ in islice(parts, self.start * self.accumulation, None):
             yield [(int(position), int(draw)) for position, draw in part]
 
     def weights(self) -> list[float]:
         """Weight of the mean loss of each forward pass, (len(self),): see the head of this file."""
-        parts = self._parts(np.arange(len(self.labels)))
+        parts = islice(self._parts(np.arange(len(self.labels))), self.start * self.accumulation, None)
         return [len(part) * self.accumulation * self.world / batch for part, batch in parts]

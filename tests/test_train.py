@@ -58,6 +58,7 @@ def logits_of(net, split, rows):
         return features.double(), net.get_classifier()(features)
 
 
+STATE = ("rank-0.json", "rank-0.safetensors", "state.json", "state.safetensors")
 DEFAULT = (
     "--epochs",
     "2",
@@ -108,6 +109,7 @@ def test_a_run_folder_holds_everything(run):
         "manifest.json",
         "metrics.jsonl",
         "results.json",
+        *(f"states/{updates}/{name}" for updates in ("00000012", "00000024") for name in STATE),
     ]
     assert parse(["--config", str(folder / "config.yaml")]) == parse(["--output", str(folder), *DEFAULT])
 
