@@ -54,6 +54,7 @@ from recipes.faults import Termination, check_finite, naming_checkpoint, stop
 from recipes.figures import save_figures
 from recipes.longtail import build_manifest
 from recipes.objective import Objective
+from recipes.outcome import run_title, summary
 from recipes.resume import find_start
 from recipes.sampling import EpochSampler
 from recipes.sharding import gather, plain_twin, start_accelerator
@@ -292,9 +293,8 @@ def train(config: TrainConfig) -> None:
                 save_checkpoint(measured, folder / "checkpoint", data_config=data_config, class_names=class_names)
         confusion, solver, log, *_ = evaluate(measured, test_eval, accelerator, len(class_names))
         if accelerator.is_main_process:
-            test = accuracies(confusion, manifest.groups)
             results = {
-                "test": test,
+                "test": accuracies(confusion, manifest.groups),
                 "test_per_class": dict(zip(class_names, recalls(confusion).tolist(), strict=True)),
                 "collapse": report.as_dict(per_class=True),
                 "solver": solver,
@@ -305,20 +305,11 @@ def train(config: TrainConfig) -> None:
                 **environment(accelerator),
             }
             tol = next((m.solver.tol for m in measured.modules() if isinstance(m, Equilibrium)), None)
-            setting = (
-                f"K_A = {len(manifest.groups['majority'])}, R = {config.ratio:g}" if manifest.groups else "balanced"
-            )
-            title = f"{config.model} on {config.dataset} ({setting})"
-            save_figures(
-                folder / "figures", progress.records, report, log, tol=tol, class_names=class_names, title=title
-            )
+            title = run_title(config, manifest.groups)
+            figures = {"tol": tol, "class_names": class_names, "title": title}
+            save_figures(folder / "figures", progress.records, report, log, **figures)
             write_text(folder / "results.json", to_json(results, indent=2))
-            steps = f"{solver['mean_steps']:.2f} per image, {solver['converged']:.1%} converged" if solver else "-"
-            collapse = {"NC1": report.nc1, "NC2": report.nc2, "NC3": report.nc3, "NC4": report.nc4}
-            print(f"test accuracy    {'   '.join(f'{name} {value:.2%}' for name, value in test.items())}")
-            print(f"neural collapse  {'   '.join(f'{name} {value:.4g}' for name, value in collapse.items())}")
-            print(f"evaluations      {steps}")
-            print(f"run folder       {folder}")
+            print(summary(results, folder))
     accelerator.end_training()
 
 
