@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from timm_deq import Equilibrium, FixedPointCorrection, JacobianPenalty
 
@@ -12,13 +13,14 @@ class Objective:
     """Loss of a batch, to be open while the model is trained.
 
     Args:
-        net: the model, before it is prepared.
+        net: the model itself, without the wrapper of `prepare`.
         criterion: mean loss of logits (B, K) and labels (B,).
         jacobian_weight: weight of the penalty of the Jacobian; 0 for none.
         correction_at: steps of the solver whose iterates are corrected too; none if empty.
 
     Raises:
-        ValueError: the model has no equilibrium to penalise, or not exactly one to correct.
+        ValueError: the model has no equilibrium to penalise, or not exactly one to correct, or is
+            sharded, where these aids have not been shown to be right.
     """
 
     def __init__(
@@ -31,6 +33,8 @@ class Objective:
             raise ValueError(
                 f"correction_at is {list(correction_at)}; allowed: none for a model with {layers} equilibria, not 1"
             )
+        if (jacobian_weight or correction_at) and any(isinstance(module, FSDPModule) for module in net.modules()):
+            raise ValueError("jacobian_weight and correction_at are not allowed for a sharded model")
         self.criterion, self.jacobian_weight = criterion, jacobian_weight
         self.penalty = JacobianPenalty(net) if jacobian_weight else None
         self.correction = FixedPointCorrection(net, at=correction_at) if correction_at else None

@@ -149,7 +149,6 @@ def train(config: TrainConfig) -> None:
 
     # Optimisation. The optimizer is built from the unprepared model, whose parameter names timm's groups go by.
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    objective = Objective(net, criterion, **config.only("jacobian_weight", "correction_at"))
     optimizer = create_optimizer_v2(net, **config.only("opt", "lr", "weight_decay", "momentum"))
     scheduler = None
     if config.epochs:
@@ -162,6 +161,7 @@ def train(config: TrainConfig) -> None:
             updates_per_epoch=sampler.updates,
         )
     model, prepared = accelerator.prepare(net, optimizer)
+    objective = Objective(net, criterion, **config.only("jacobian_weight", "correction_at"))
     set_seed(config.seed, device_specific=True)  # dropout differs between ranks
 
     # Everything is known to fit together: only now is something written.
