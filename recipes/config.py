@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 import sys
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,7 +21,9 @@ class TrainConfig:
     """Settings of a training run"""
 
     output: str
-    """run folder to create; one that exists is never touched"""
+    """run folder to create; one that exists is never touched without --resume"""
+    resume: str | None = None
+    """'auto' continues the run of the output folder, or starts it; or a folder of RUN/states to go on from"""
     seed: int = 0
     """seed of the weights, the split, the imbalance, the order of images and their augmentation"""
 
@@ -102,6 +105,10 @@ class TrainConfig:
     """largest norm of the gradient; not clipped if not given"""
     label_smoothing: float = 0.0
     """label smoothing of the cross-entropy"""
+    jacobian_weight: float = 0.0
+    """weight of the penalty of the Jacobian at the equilibria"""
+    correction_at: list[int] = field(default_factory=list)
+    """steps of the solver whose iterates the loss is put on too (fixed-point correction), e.g. --correction_at 2 5"""
     ema_decay: float | None = None
     """decay of a moving average of the weights, which is then what is measured and saved; none if not given"""
     sched: Literal["cosine", "multistep", "step", "poly", "constant", "none"] = "cosine"
@@ -117,6 +124,9 @@ class TrainConfig:
     decay_rate: float = 0.1
     """step, multistep: factor of a decay; poly: power"""
 
+    compile: bool = False
+    """compile the model for training"""
+
     probe_every: int = 5
     """epochs between measurements of neural collapse on the training images; 0 measures at the end only"""
     select: Literal["last", "best"] = "last"
@@ -124,6 +134,12 @@ class TrainConfig:
     validation"""
     log_every: int = 50
     """updates between looks at the loss"""
+    checkpoint_every: int | None = None
+    """updates between checkpoints for --resume; only at the end of every epoch, as always, if not given"""
+    keep_checkpoints: int = 2
+    """checkpoints for --resume that are kept, the latest ones; that of the best epoch is kept too with --select best"""
+    tracker: Literal["tensorboard", "trackio", "wandb"] | None = None
+    """where metrics go besides metrics.jsonl; its package must be installed"""
 
     def __post_init__(self):
         for least, most, names in (
@@ -131,9 +147,15 @@ class TrainConfig:
             (
                 0,
                 math.inf,
-                "epochs probe_every warmup_epochs crop_pad color_jitter weight_decay momentum min_lr workers",
+                "epochs probe_every warmup_epochs crop_pad color_jitter weight_decay momentum min_lr workers "
+                "jacobian_weight",
             ),
-            (1, math.inf, "batch_size gradient_accumulation_steps eval_batch_size log_every decay_epochs img_size"),
+            (
+                1,
+                math.inf,
+                "batch_size gradient_accumulation_steps eval_batch_size log_every decay_epochs img_size "
+                "checkpoint_every keep_checkpoints",
+            ),
             (0, 1, "hflip re_prob label_smoothing"),
         ):
             allowed = f"{least} or more" if most == math.inf else f"{least} to {most}"
@@ -146,6 +168,9 @@ class TrainConfig:
                 value = getattr(self, name)
                 _check(value is None or (0 < value <= most and math.isfinite(value)), name, value, allowed)
         _check(self.output != "", "output", self.output, "the path of a folder to create")
+        _check(self.resume != "", "resume", self.resume, "'auto', or a folder of RUN/states")
+        rising = all(a < b for a, b in zip([0, *self.correction_at], self.correction_at, strict=False))
+        _check(rising, "correction_at", self.correction_at, "increasing numbers of 1 or more")
         _check(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "0 or more, below 1")
         _check(
             "num_classes" not in self.model_args, "model_args", self.model_args, "no num_classes, which the data gives"
@@ -214,7 +239,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     parser.add_class_arguments(TrainConfig)
     names = [f.name for f in dataclasses.fields(TrainConfig)]
     try:
-        namespace = parser.parse_args(_config_first(argv))
+        namespace = parser.parse_args(_arranged(argv))
     except ArgumentError as error:
         message = re.sub(r'(?:Parser key|Key) "([\w.]+)"', r"\1", " ".join(str(error).split()))
         message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("typing.", "")
@@ -224,12 +249,19 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     return TrainConfig(**{name: namespace[name] for name in names})
 
 
-def _config_first(argv: Sequence[str] | None) -> list[str]:
-    """The words of the command line with --config before the rest, because jsonargparse lets the later word win."""
-    words, first, rest = iter(sys.argv[1:] if argv is None else argv), [], []
-    for word in words:
-        if word == "--config":
-            first += [word, *[value for value in [next(words, None)] if value is not None]]
+def _arranged(argv: Sequence[str] | None) -> list[str]:
+    """The words of the command line as jsonargparse wants them: --config before the rest, because it lets the later
+    word win, and the words of a list, as in `--correction_at 2 5`, in one."""
+    kinds = {f"--{f.name}": (f.type, *typing.get_args(f.type)) for f in dataclasses.fields(TrainConfig)}
+    flags: list[list[str]] = []
+    for word in sys.argv[1:] if argv is None else argv:
+        if word.startswith("--") or not flags:
+            flags.append([word])
         else:
-            (first if word.startswith("--config=") else rest).append(word)
-    return first + rest
+            flags[-1].append(word)
+    for i, (flag, *values) in enumerate(flags):
+        is_list = [typing.get_origin(kind) is list for kind in kinds.get(flag, ())]
+        if any(is_list) and len(values) > (0 if is_list[0] else 1) and not values[0].startswith("["):
+            flags[i] = [flag, f"[{','.join(values)}]"]
+    flags.sort(key=lambda words: words[0].split("=")[0] != "--config")
+    return [word for words in flags for word in words]

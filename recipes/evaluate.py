@@ -7,7 +7,8 @@ when the solver may evaluate the cell that many times. It takes half a minute on
 any model of timm and any image data set will do: `resnet50 --pretrained --dataset ORG/NAME --split validation`;
 `--help` lists everything. Devices, ranks and precision are chosen by `accelerate launch` or `torchrun`.
 
-The output folder holds `results.json` and, for a model that solves, `anytime.png`. A mistake ends the run with one
+The output folder holds `results.json`, `confusion.png`, `reliability.png` (both at the largest budget) and, for a model
+that solves, `anytime.png`. A mistake ends the run with one
 line; `python -X dev` shows where it was found.
 """
 
@@ -15,14 +16,14 @@ import argparse
 import importlib.metadata
 import math
 import os
-import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
 from nc_probe import NCProbe
-from recipes.checkpoint import create_model, new_folder, to_json, write_text
+from recipes.calibration import BINS, bin_table, calibration_errors
+from recipes.checkpoint import create_model, new_folder, to_json, whole_folder, write_text
 from recipes.config import TrainConfig, parse
 from recipes.data import (
     CorruptImageError,
@@ -44,7 +46,8 @@ from recipes.data import (
     load_splits,
     open_dataset,
 )
-from recipes.figures import anytime_figure
+from recipes.faults import DiskError, Stopped
+from recipes.figures import anytime_figure, confusion_figure, reliability_figure
 from recipes.longtail import Groups, Manifest
 from timm_deq import Equilibrium, NonFiniteInputError, SolveLog, set_solver
 
@@ -58,6 +61,9 @@ IMAGE_FLAGS: dict[str, tuple[type, str]] = {
     "eval_batch_size": (int, "images of one forward pass, on each rank"),
     "workers": (int, "processes per rank that decode images; chosen by the size of the set if not given"),
 }
+
+
+BY_ONE_RANK = (CorruptImageError, NonFiniteInputError, DiskError)  # who sees a fault of an image, or of a disk
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,10 +143,12 @@ def run(args: argparse.Namespace) -> None:
             set_solver(net, max_steps=budget, tol=args.tol)
         budget = max((layer.solver.max_steps for layer in layers), default=None)
         batches = tqdm(loader, desc=f"max_steps {budget}" if layers else None, unit="batch", leave=False)
-        confusion, solver, _ = evaluate(net, batches, accelerator, num_classes)
+        confusion, solver, _, bins = evaluate(net, batches, accelerator, num_classes)
         accuracy = accuracies(confusion, groups)
         per_class = dict(zip(images.class_names, recalls(confusion).tolist(), strict=True))
-        points.append({"max_steps": budget, "accuracy": accuracy, "per_class": per_class, "solver": solver})
+        calibration = calibration_errors(bins, groups)
+        point = {"accuracy": accuracy, "per_class": per_class, "calibration_error": calibration, "solver": solver}
+        points.append({"max_steps": budget, **point})
 
     if accelerator.is_main_process:
         print(table(points))
@@ -156,7 +164,13 @@ def run(args: argparse.Namespace) -> None:
                 **environment(accelerator),
             }
             title = f"{net.pretrained_cfg['architecture']} on {config.dataset}, split {args.split}"
-            save(folder, results, anytime_figure(points, title=title) if layers else None)
+            figures = {
+                "confusion": confusion_figure(confusion, images.class_names, title=title),
+                "reliability": reliability_figure(bins, title=title),
+            }
+            if layers:
+                figures["anytime"] = anytime_figure(points, title=title)
+            save(folder, results, figures)
     accelerator.end_training()
 
 
@@ -206,15 +220,12 @@ def open_split(config: TrainConfig, name: str) -> ImageSplit:
     return load_splits(pair, train_split="classes", test_split=name, **columns)[1]
 
 
-def save(folder: Path, results: Mapping[str, Any], figure: Figure | None) -> None:
-    """Write `results.json` and `anytime.png`; the folder is complete or absent."""
-    draft = folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    write_text(draft / "results.json", to_json(results, indent=2))
-    if figure is not None:
-        figure.savefig(draft / "anytime.png", dpi=150)
-    os.rename(draft, folder)
+def save(folder: Path, results: Mapping[str, Any], figures: Mapping[str, Figure]) -> None:
+    """Write `results.json` and the figures; the folder is complete or absent."""
+    with whole_folder(folder) as draft:
+        write_text(draft / "results.json", to_json(results, indent=2))
+        for name, figure in figures.items():
+            figure.savefig(draft / f"{name}.png", dpi=150)
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
@@ -231,11 +242,15 @@ def exit_code(work: Callable[[], None]) -> int:
     """Do the work of a script, and give its exit code; what the user can mend is told in one line."""
     try:
         work()
+    except (Stopped, KeyboardInterrupt) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(str(error) or "stopped by SIGINT", file=sys.stderr)
+        return error.code if isinstance(error, Stopped) else 128 + signal.SIGINT
     except (ValueError, OSError, FloatingPointError) as error:
         if sys.flags.dev_mode:
             raise
-        # All ranks find the same fault, but for those of an image, which only the rank that has it sees.
-        if int(os.environ.get("RANK", "0")) and not isinstance(error, (CorruptImageError, NonFiniteInputError)):
+        # All ranks find the same fault, but for some.
+        if int(os.environ.get("RANK", "0")) and not isinstance(error, BY_ONE_RANK):
             time.sleep(10)  # a rank that leaves ends the others, and the main one has yet to speak
         else:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -250,6 +265,17 @@ def sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
     return total
 
 
+class Evaluation(NamedTuple):
+    """What a pass over images has found: counts [class, prediction] (K, K), means over images of what the solver did
+    (empty for an explicit model), and the table of `recipes.calibration`, all over all ranks; and the log of this
+    rank's solves."""
+
+    confusion: np.ndarray
+    solver: dict[str, float]
+    log: SolveLog
+    bins: np.ndarray
+
+
 @torch.no_grad()
 def evaluate(
     net: nn.Module,
@@ -257,31 +283,29 @@ def evaluate(
     accelerator: Accelerator,
     num_classes: int,
     probe: NCProbe | None = None,
-) -> tuple[np.ndarray, dict[str, float], SolveLog]:
-    """Pass over the images of all ranks in evaluation mode, with the probe attached if one is given.
-
-    Returns:
-        Confusion matrix (K, K) of counts [class, prediction] and means over images of what the solver did (empty for
-        an explicit model), both over all ranks; and the log of this rank's solves.
-    """
+) -> Evaluation:
+    """Pass over the images of all ranks in evaluation mode, with the probe attached if one is given."""
     net.eval()
     confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=accelerator.device)
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # which MPS lacks
+    bins = torch.zeros(num_classes, BINS, 3, dtype=dtype, device=accelerator.device)
     with SolveLog(net) as log, probe or nullcontext():
         for images, labels in loader:
             with accelerator.autocast():
                 logits = net(images.to(accelerator.device, non_blocking=True))
             if probe is not None:
                 probe.update(labels)
-            cell = labels.to(accelerator.device, non_blocking=True) * num_classes + logits.argmax(1)
-            confusion += torch.bincount(cell, minlength=num_classes**2)
+            labels = labels.to(accelerator.device, non_blocking=True)
+            confusion += torch.bincount(labels * num_classes + logits.argmax(1), minlength=num_classes**2)
+            bins += bin_table(logits, labels, num_classes)
     confusion = sum_over_ranks(accelerator, confusion).view(num_classes, num_classes).cpu().numpy()
     keys = ("mean_steps", "mean_evaluations", "mean_residual", "converged", "nonfinite")
     summary = log.summary()
     means = [1.0, *(summary.get(key, 0.0) for key in keys)]
-    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # which MPS lacks
     mine = torch.tensor(means, dtype=dtype, device=accelerator.device) * summary.get("samples", 0)
     samples, *sums = sum_over_ranks(accelerator, mine).tolist()
-    return confusion, {key: value / samples for key, value in zip(keys, sums, strict=True)} if samples else {}, log
+    solver = {key: value / samples for key, value in zip(keys, sums, strict=True)} if samples else {}
+    return Evaluation(confusion, solver, log, sum_over_ranks(accelerator, bins).cpu().numpy())
 
 
 def recalls(confusion: np.ndarray) -> np.ndarray:

@@ -27,6 +27,13 @@ def test_flags_reach_their_fields_with_their_types():
     assert (config.clip_grad, config.hflip) == (1.0, 0.5)
 
 
+@pytest.mark.parametrize("words", ["--correction_at 2 5 --lr 1", "--correction_at [2,5]", "--correction_at=[2,5]"])
+def test_lists_may_be_several_words(words):
+    assert parse(["--output", "x", *words.split()]).correction_at == [2, 5]
+    assert parse("--correction_at 7 --majority 0 4 --output x".split()).correction_at == [7]
+    assert parse("--correction_at 7 --majority 0 4 --output x".split()).majority == [0, 4]
+
+
 def test_a_written_configuration_reads_back_equal(tmp_path):
     config = TrainConfig(output="x", model_args={"tol": 1e-5}, majority=[1, 2], lr=3e-5, mean=[0.5, 0.25, 0.1])
     path = tmp_path / "config.yaml"
@@ -83,6 +90,14 @@ def test_help_explains_every_field(capsys):
         ("--output x --seed -1", "seed is -1; allowed: 0 to 4294967295"),
         ("--output x --lr 0", "lr is 0.0; allowed: above 0"),
         ("--output x --clip_grad .nan", "clip_grad is nan; allowed: above 0"),
+        ("--output x x --lr 1", "unrecognized arguments: x"),
+        ("--output x --ratio 1 2", "unrecognized arguments: 2"),
+        ("--output x --correction_at 5 2", "correction_at is [5, 2]; allowed: increasing numbers of 1 or more"),
+        ("--output x --correction_at 0", "correction_at is [0]; allowed: increasing numbers of 1 or more"),
+        ("--output x --jacobian_weight -1", "jacobian_weight is -1.0; allowed: 0 or more"),
+        ("--output x --keep_checkpoints 0", "keep_checkpoints is 0; allowed: 1 or more"),
+        ("--output x --checkpoint_every 0", "checkpoint_every is 0; allowed: 1 or more"),
+        ("--output x --resume=", "resume is ''; allowed: 'auto', or a folder of RUN/states"),
         ("--output x --hflip 1.5", "hflip is 1.5; allowed: 0 to 1"),
         ("--output x --val_fraction 1", "val_fraction is 1.0; allowed: 0 or more, below 1"),
         ("--output x --val_fraction 0 --select best", "val_fraction is 0.0; allowed: above 0 with --select best"),
