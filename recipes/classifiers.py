@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, skip_init
 
-from recipes.config import _check as check
-from recipes.config import nearest
+from recipes.mistakes import check, nearest
 
 KINDS = ("linear", "cosine", "etf")
 STAGES = ("crt", "lws")

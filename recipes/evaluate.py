@@ -13,43 +13,35 @@ line; `python -X dev` shows where it was found.
 """
 
 import argparse
-import importlib.metadata
 import math
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 from matplotlib.figure import Figure
 from timm.data.model_config import resolve_input_data_config
-from torch import Tensor, nn
 
-from nc_probe import NCProbe
-from recipes.calibration import BINS, bin_table, calibration_errors
-from recipes.checkpoint import create_model, new_folder, to_json, whole_folder, write_text
-from recipes.config import TrainConfig, parse
-from recipes.data import (
-    CorruptImageError,
-    ImageSplit,
-    ImageView,
-    eval_loader,
-    eval_transform,
-    load_splits,
-    open_dataset,
-)
-from recipes.faults import DiskError, Stopped
+from recipes.accuracy import accuracies, evaluate, recalls
+from recipes.calibration import calibration_errors
+from recipes.checkpoint import create_model, load_run, new_folder, read_config, to_json, whole_folder, write_text
+from recipes.classifiers import tau_normalise
+from recipes.config import TrainConfig
+from recipes.contradictions import correction
+from recipes.data import ImageSplit, ImageView, eval_loader, eval_transform, load_splits, open_dataset
+from recipes.faults import exit_code
 from recipes.figures import anytime_figure, confusion_figure, reliability_figure
-from recipes.longtail import Groups, Manifest
-from timm_deq import Equilibrium, NonFiniteInputError, SolveLog, set_solver
+from recipes.longtail import Manifest
+from recipes.mistakes import check
+from recipes.outcome import environment
+from recipes.priors import adjust_logits
+from timm_deq import Equilibrium, set_solver
 
 IMAGE_FLAGS: dict[str, tuple[type, str]] = {
     "dataset": (str, "'digits' (embedded), a folder, or a Hub dataset id"),
@@ -61,9 +53,6 @@ IMAGE_FLAGS: dict[str, tuple[type, str]] = {
     "eval_batch_size": (int, "images of one forward pass, on each rank"),
     "workers": (int, "processes per rank that decode images; chosen by the size of the set if not given"),
 }
-
-
-BY_ONE_RANK = (CorruptImageError, NonFiniteInputError, DiskError)  # who sees a fault of an image, or of a disk
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,6 +84,12 @@ def read_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--max-steps", type=int, nargs="+", metavar="N", help="budgets of evaluations; the model's own if not given")
     flag("--tol", type=float, help="relative residual at which a solve ends; the model's own if not given")
     flag("--no-gather", action="store_true", help="evaluate each batch until its last image has finished")
+    flag(
+        "--adjust-tau", type=float, metavar="TAU", help="subtract TAU log (share of the class) from logits; 1 is usual"
+    )
+    flag(
+        "--tau-normalise", type=float, metavar="TAU", help="divide class vectors by their length to the power TAU, 0..1"
+    )
     flag("--output", help="folder to create; one that exists is never touched")
     images = parser.add_argument_group("images", "for a run folder those of the run, else as in recipes/train.py")
     for name, (kind, text) in IMAGE_FLAGS.items():
@@ -106,14 +101,19 @@ def run(args: argparse.Namespace) -> None:
     """One evaluation, from the model and the data set to the table and the output folder."""
     started = time.perf_counter()
     folder = None if args.output is None else new_folder(args.output)
-    config, groups = settings(args)
+    config, manifest = settings(args)
+    groups = {} if manifest is None else manifest.groups
     accelerator = Accelerator()
     with accelerator.main_process_first():
         images = open_split(config, args.split)
     num_classes = len(images.class_names)
 
     set_seed(config.seed)  # random weights are the same on every rank
-    net: Any = create_model(config, None if config.pretrained else num_classes).to(accelerator.device)
+    if manifest is not None:
+        net: Any = load_run(Path(args.model))
+    else:
+        net = create_model(config, None if config.pretrained else num_classes)
+    net.to(accelerator.device)
     if net.num_classes != num_classes:
         raise ValueError(
             f"model {args.model!r} knows {net.num_classes} classes; allowed: a model of {num_classes}, "
@@ -126,6 +126,11 @@ def run(args: argparse.Namespace) -> None:
 
     for layer in layers:
         layer.gather = not args.no_gather
+    if args.tau_normalise is not None:
+        tau_normalise(net, args.tau_normalise)
+    adjust = None
+    if args.adjust_tau is not None and manifest is not None:
+        adjust = partial(adjust_logits, counts=manifest.counts, tau=args.adjust_tau)
 
     data_config = resolve_input_data_config(net, config.only("img_size"))
     channels = data_config["input_size"][0]
@@ -143,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
             set_solver(net, max_steps=budget, tol=args.tol)
         budget = max((layer.solver.max_steps for layer in layers), default=None)
         batches = tqdm(loader, desc=f"max_steps {budget}" if layers else None, unit="batch", leave=False)
-        confusion, solver, _, bins = evaluate(net, batches, accelerator, num_classes)
+        confusion, solver, _, bins = evaluate(net, batches, accelerator, num_classes, adjust=adjust)
         accuracy = accuracies(confusion, groups)
         per_class = dict(zip(images.class_names, recalls(confusion).tolist(), strict=True))
         calibration = calibration_errors(bins, groups)
@@ -157,6 +162,8 @@ def run(args: argparse.Namespace) -> None:
                 "model": args.model,
                 "dataset": config.dataset,
                 "split": args.split,
+                "adjust_tau": args.adjust_tau,
+                "tau_normalise": args.tau_normalise,
                 "images": int(confusion.sum()),
                 "tol": max((layer.solver.tol for layer in layers), default=None),
                 "points": points,
@@ -186,8 +193,8 @@ def table(points: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows))
 
 
-def settings(args: argparse.Namespace) -> tuple[TrainConfig, Groups]:
-    """The settings of the model and its images, checked as those of training are, and the groups of a run's classes.
+def settings(args: argparse.Namespace) -> tuple[TrainConfig, Manifest | None]:
+    """The settings of the model and its images, checked as those of training are, and the manifest of a run.
 
     Raises:
         ValueError: a setting out of its range, or a folder that is not that of a run with a checkpoint.
@@ -195,14 +202,13 @@ def settings(args: argparse.Namespace) -> tuple[TrainConfig, Groups]:
     given = {name: value for name, value in vars(args).items() if name in IMAGE_FLAGS}
     folder = Path(args.model)
     if not folder.is_dir():
+        check(args.adjust_tau is None, "adjust_tau", args.adjust_tau, "not given without a run, which has counts")
         pretrained = args.pretrained or ":" in args.model
-        return TrainConfig(output=".", model=args.model, pretrained=pretrained, **given), {}
-    for part in ("config.yaml", "manifest.json", "checkpoint"):
-        if not (folder / part).exists():
-            raise ValueError(f"model {args.model!r} has no {part}; allowed: a folder in which recipes/train.py has run")
-    config = parse(["--config", str(folder / "config.yaml")])
-    config = replace(config, model=f"local-dir:{folder / 'checkpoint'}", model_args={}, pretrained=True, **given)
-    return config, Manifest.load(folder / "manifest.json").groups
+        return TrainConfig(output=".", model=args.model, pretrained=pretrained, **given), None
+    config = read_config(folder)
+    if args.adjust_tau is not None and (corrected := correction(config)):
+        raise ValueError(f"adjust_tau is {args.adjust_tau}; allowed: not given, as {corrected} has corrected already")
+    return replace(config, model=args.model, **given), Manifest.load(folder / "manifest.json")
 
 
 def open_split(config: TrainConfig, name: str) -> ImageSplit:
@@ -226,102 +232,6 @@ def save(folder: Path, results: Mapping[str, Any], figures: Mapping[str, Figure]
         write_text(draft / "results.json", to_json(results, indent=2))
         for name, figure in figures.items():
             figure.savefig(draft / f"{name}.png", dpi=150)
-
-
-def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """What numbers and times were measured with."""
-    return {
-        "device": str(accelerator.device),
-        "ranks": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "accelerate", "datasets")},
-    }
-
-
-def exit_code(work: Callable[[], None]) -> int:
-    """Do the work of a script, and give its exit code; what the user can mend is told in one line."""
-    try:
-        work()
-    except (Stopped, KeyboardInterrupt) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(str(error) or "stopped by SIGINT", file=sys.stderr)
-        return error.code if isinstance(error, Stopped) else 128 + signal.SIGINT
-    except (ValueError, OSError, FloatingPointError) as error:
-        if sys.flags.dev_mode:
-            raise
-        # All ranks find the same fault, but for some.
-        if int(os.environ.get("RANK", "0")) and not isinstance(error, BY_ONE_RANK):
-            time.sleep(10)  # a rank that leaves ends the others, and the main one has yet to speak
-        else:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
-    """The sum of every rank's tensor, on every rank."""
-    total = accelerator.reduce(value, "sum")
-    assert isinstance(total, Tensor)
-    return total
-
-
-class Evaluation(NamedTuple):
-    """What a pass over images has found: counts [class, prediction] (K, K), means over images of what the solver did
-    (empty for an explicit model), and the table of `recipes.calibration`, all over all ranks; and the log of this
-    rank's solves."""
-
-    confusion: np.ndarray
-    solver: dict[str, float]
-    log: SolveLog
-    bins: np.ndarray
-
-
-@torch.no_grad()
-def evaluate(
-    net: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    accelerator: Accelerator,
-    num_classes: int,
-    probe: NCProbe | None = None,
-) -> Evaluation:
-    """Pass over the images of all ranks in evaluation mode, with the probe attached if one is given."""
-    net.eval()
-    confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=accelerator.device)
-    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # which MPS lacks
-    bins = torch.zeros(num_classes, BINS, 3, dtype=dtype, device=accelerator.device)
-    with SolveLog(net) as log, probe or nullcontext():
-        for images, labels in loader:
-            with accelerator.autocast():
-                logits = net(images.to(accelerator.device, non_blocking=True))
-            if probe is not None:
-                probe.update(labels)
-            labels = labels.to(accelerator.device, non_blocking=True)
-            confusion += torch.bincount(labels * num_classes + logits.argmax(1), minlength=num_classes**2)
-            bins += bin_table(logits, labels, num_classes)
-    confusion = sum_over_ranks(accelerator, confusion).view(num_classes, num_classes).cpu().numpy()
-    keys = ("mean_steps", "mean_evaluations", "mean_residual", "converged", "nonfinite")
-    summary = log.summary()
-    means = [1.0, *(summary.get(key, 0.0) for key in keys)]
-    mine = torch.tensor(means, dtype=dtype, device=accelerator.device) * summary.get("samples", 0)
-    samples, *sums = sum_over_ranks(accelerator, mine).tolist()
-    solver = {key: value / samples for key, value in zip(keys, sums, strict=True)} if samples else {}
-    return Evaluation(confusion, solver, log, sum_over_ranks(accelerator, bins).cpu().numpy())
-
-
-def recalls(confusion: np.ndarray) -> np.ndarray:
-    """Accuracy of each class, (K,); NaN for a class without images."""
-    total = confusion.sum(1)
-    return np.divide(np.diag(confusion), total, out=np.full(len(total), np.nan), where=total > 0)
-
-
-def accuracies(confusion: np.ndarray, groups: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """Accuracy over all images, and over those of each group; NaN for a group without images."""
-    correct, total = np.diag(confusion), confusion.sum(1)
-    members = {"overall": range(len(confusion)), **groups}
-    return {
-        name: float(correct[list(classes)].sum() / images) if (images := total[list(classes)].sum()) else math.nan
-        for name, classes in members.items()
-    }
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from recipes.config import TrainConfig
+from recipes.data import ImageSplit
 from recipes.profiles import PROFILES, Groups, groups_of, rank_classes
 
 # One random stream per purpose and class, so that one choice never moves another.
@@ -197,3 +199,28 @@ def build_manifest(
         indices=subsample(labels, pool, counts, seed=seed).tolist(),
         validation=validation.tolist(),
     )
+
+
+def choose_images(config: TrainConfig, split: ImageSplit) -> Manifest:
+    """The images of a run: those of the manifest given, or those that an imbalance profile chooses.
+
+    Raises:
+        ValueError: a manifest of another data set, parameters that the profile does not allow, or no validation images
+            to select by.
+    """
+    if config.manifest is not None:
+        manifest = Manifest.load(config.manifest)
+        manifest.check(fingerprint=split.fingerprint, labels=split.labels)
+    else:
+        manifest = build_manifest(
+            split.labels,
+            split.class_names,
+            profile=config.profile,
+            parameters=config.profile_parameters,
+            fingerprint=split.fingerprint,
+            bounds=None if config.bounds is None else (config.bounds[0], config.bounds[1]),
+            **config.only("val_fraction", "seed", "grouping"),
+        )
+    if config.select == "best" and not manifest.validation:
+        raise ValueError("select is 'best' without a validation image; allowed: 'last'")
+    return manifest

@@ -26,8 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.config import _check as check
-from recipes.config import nearest
+from recipes.mistakes import check, nearest
 from recipes.priors import check_counts, class_weights, log_prior, widen
 
 

@@ -6,7 +6,27 @@ from contextlib import ExitStack
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from recipes.config import TrainConfig
+from recipes.contradictions import SCALE
+from recipes.losses import Loss, create_loss
 from timm_deq import Equilibrium, FixedPointCorrection, JacobianPenalty
+
+
+def create_criterion(config: TrainConfig, counts: Sequence[int]) -> Loss:
+    """The loss that a configuration asks for.
+
+    Args:
+        counts: training images of each class, (K,).
+
+    Raises:
+        ValueError: an argument that the loss does not have, or does not allow.
+    """
+    arguments = dict(config.loss_args)
+    if config.loss == "ldam":  # its margins are those of the classifier's cosines
+        arguments["scale"] = config.classifier_scale or SCALE
+    if config.reweight_beta is not None:
+        arguments["beta"] = config.reweight_beta
+    return create_loss(config.loss, counts, **config.only("label_smoothing", "reweight_epoch"), **arguments)
 
 
 class Objective:
@@ -14,7 +34,7 @@ class Objective:
 
     Args:
         net: the model itself, without the wrapper of `prepare`.
-        criterion: mean loss of logits (B, K) and labels (B,).
+        criterion: mean loss of logits (B, K) and labels (B,) or (B, K).
         jacobian_weight: weight of the penalty of the Jacobian; 0 for none.
         correction_at: steps of the solver whose iterates are corrected too; none if empty.
 
@@ -54,7 +74,7 @@ class Objective:
 
         Args:
             logits: the model's output in training, (B, K); ((n + 1) B, K) with n iterates to correct.
-            labels: (B,).
+            labels: (B,), or distributions over the classes (B, K).
         """
         if self.correction is None:
             loss = self.criterion(logits, labels)

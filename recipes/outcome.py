@@ -1,16 +1,25 @@
 """What a run has come to, in words."""
 
+import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from recipes.config import TrainConfig
+from recipes.longtail import Manifest
 
 
-def run_title(config: TrainConfig, groups: Mapping[str, Any]) -> str:
+def run_title(config: TrainConfig, manifest: Manifest) -> str:
     """What was trained on what, for the head of a figure."""
-    setting = f"K_A = {len(groups['majority'])}, R = {config.ratio:g}" if groups else "balanced"
-    return f"{config.model} on {config.dataset} ({setting})"
+    values = manifest.parameters
+    setting = [] if manifest.profile == "two_group" else [manifest.profile]
+    if manifest.profile == "two_group":
+        setting.append(f"K_A = {len(manifest.groups.get('majority', ()))}")
+    if "ratio" in values:
+        setting.append(f"R = {values['ratio']:g}")
+    return f"{config.model} on {config.dataset} ({', '.join(setting)})"
 
 
 def summary(results: Mapping[str, Any], folder: Path) -> str:
@@ -24,3 +33,13 @@ def summary(results: Mapping[str, Any], folder: Path) -> str:
         f"evaluations      {solved}\n"
         f"run folder       {folder}"
     )
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What numbers and times were measured with."""
+    return {
+        "device": str(accelerator.device),
+        "ranks": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "accelerate", "datasets")},
+    }

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recipes.config import _check as check
+from recipes.mistakes import check
 
 
 def check_counts(counts: Tensor | Sequence[float]) -> Tensor:

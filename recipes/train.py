@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,38 +27,26 @@ from timm.data.model_config import resolve_input_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
-from torch import nn
 
 from nc_probe import NCProbe
+from recipes.accuracy import accuracies, evaluate, recalls, sum_over_ranks
+from recipes.augment import BatchMix
 from recipes.checkpoint import append_line, create_model, save_checkpoint, to_json, write_text
+from recipes.classifiers import second_stage
 from recipes.config import TrainConfig, parse
-from recipes.data import (
-    ImageView,
-    eval_loader,
-    eval_transform,
-    load_splits,
-    open_dataset,
-    train_loader,
-    train_transform,
-)
-from recipes.evaluate import (
-    accuracies,
-    environment,
-    evaluate,
-    exit_code,
-    recalls,
-    sum_over_ranks,
-)
-from recipes.faults import Termination, check_finite, naming_checkpoint, stop
+from recipes.data import load_splits, open_dataset
+from recipes.faults import Termination, check_finite, exit_code, naming_checkpoint, stop
 from recipes.figures import save_figures
-from recipes.longtail import build_manifest
-from recipes.objective import Objective
-from recipes.outcome import run_title, summary
+from recipes.longtail import choose_images
+from recipes.objective import Objective, create_criterion
+from recipes.outcome import environment, run_title, summary
+from recipes.pipeline import choose_pipeline
 from recipes.resume import find_start
 from recipes.sampling import EpochSampler
 from recipes.sharding import gather, plain_twin, start_accelerator
 from recipes.state import Progress, States
 from recipes.tracking import check_tracker, scalars, start_tracker
+from recipes.workers import naming_dead_workers
 from timm_deq import Equilibrium, NonFiniteInputError
 
 
@@ -92,20 +79,14 @@ def train(config: TrainConfig) -> None:
     columns = config.only("train_split", "test_split", "image_column", "label_column")
     train_images, test_images = load_splits(source, **columns)
     class_names = train_images.class_names
-    manifest = build_manifest(
-        train_images.labels,
-        class_names,
-        profile=config.imbalance,
-        parameters=config.profile_parameters,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-        fingerprint=train_images.fingerprint,
-    )
+    manifest = choose_images(config, train_images)
     start.check_images(manifest.sha256)
 
     # Model. `measured` is what is evaluated and saved: the moving average of the weights if there is one.
     set_seed(config.seed)
     net = create_model(config, len(class_names)).to(accelerator.device)
+    if config.stage is not None:
+        second_stage(net, config.stage)
     ema = ModelEmaV3(net, decay=config.ema_decay, use_warmup=True) if config.ema_decay is not None else None
     plain = plain_twin(net, accelerator)
     measured = plain if ema is None else ema.module
@@ -117,38 +98,41 @@ def train(config: TrainConfig) -> None:
     )
 
     # Loaders. They are not given to `prepare`, which would repeat images to fill up ranks.
-    augmentation = config.only("crop_pad", "crop_scale", "hflip", "color_jitter", "auto_augment", "re_prob")
-    augment = train_transform(data_config, **augmentation)
-    channels = data_config["input_size"][0]
-    view = ImageView(train_images, manifest.indices, augment, channels=channels, seed=config.seed)
+    names = ("crop_pad", "crop_scale", "hflip", "color_jitter", "auto_augment", "re_prob", "cutout")
+    splits = {
+        "train": (train_images, manifest.indices),
+        "val": (train_images, manifest.validation),
+        "test": (test_images, np.arange(len(test_images.labels))),
+    }
+    pipeline = choose_pipeline(
+        config.pipeline,
+        images=sum(len(indices) for _, indices in splits.values()),
+        data_config=data_config,
+        augmentation=config.only(*names),
+        device=accelerator.device,
+        budget_bytes=int(config.budget * 2**20),
+        **config.only("seed", "workers"),
+    )
+    images_of = {name: pipeline.load(split, indices) for name, (split, indices) in splits.items()}
     sampler = EpochSampler(
-        view.labels,
-        batch_size=config.batch_size,
+        images_of["train"].labels,
         order=config.sampler,
-        seed=config.seed,
         rank=rank,
         world=world,
         accumulation=config.gradient_accumulation_steps,
+        threshold=config.repeat_threshold,
+        **config.only("batch_size", "seed", "epochs", "defer"),
     )
-    loading: dict[str, Any] = {"workers": config.workers, "pin_memory": accelerator.device.type == "cuda"}
-    loader = train_loader(view, sampler, **loading)
-    train_eval, val_eval, test_eval = (
-        eval_loader(
-            ImageView(images, indices, eval_transform(data_config), channels=channels),
-            batch_size=config.eval_batch_size,
-            rank=rank,
-            world=world,
-            **loading,
-        )
-        for images, indices in (
-            (train_images, manifest.indices),
-            (train_images, manifest.validation),
-            (test_images, np.arange(len(test_images.labels))),
-        )
-    )
+    loader = images_of["train"].train_loader(sampler)
+    dealing = {"batch_size": config.eval_batch_size, "rank": rank, "world": world}
+    train_eval, val_eval, test_eval = (images.eval_loader(**dealing) for images in images_of.values())
+    mix = None
+    if config.mixup_alpha or config.cutmix_alpha:
+        prob = 1.0 if config.mix_prob is None else config.mix_prob
+        mix = BatchMix(len(class_names), prob=prob, **config.only("mixup_alpha", "cutmix_alpha", "seed"))
 
     # Optimisation. The optimizer is built from the unprepared model, whose parameter names timm's groups go by.
-    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    criterion = create_criterion(config, manifest.counts).to(accelerator.device)
     optimizer = create_optimizer_v2(net, **config.only("opt", "lr", "weight_decay", "momentum"))
     scheduler = None
     if config.epochs:
@@ -167,6 +151,7 @@ def train(config: TrainConfig) -> None:
     # Everything is known to fit together: only now is something written.
     if accelerator.is_main_process:
         start.prepare(config, manifest.to_json())
+    accelerator.print(f"pipeline         {pipeline.describe()}")
     accelerator.wait_for_everyone()
     parts = {"model": net, "average": ema and ema.module, "optimizer": optimizer, "criterion": criterion}
     parts |= {"scheduler": scheduler, "scaler": accelerator.scaler}
@@ -186,22 +171,35 @@ def train(config: TrainConfig) -> None:
 
     shown: dict[str, str] = {}  # beside the progress bar
     saved, report = "none", None
-    bar = tqdm(total=config.epochs * sampler.updates, initial=progress.updates, unit="update", mininterval=0.5)
-    with bar, objective, Termination(accelerator) as termination, naming_checkpoint(lambda: states.saved):
+    updates = config.epochs * sampler.updates
+    updates = min(updates, config.max_updates or updates)
+    bar = tqdm(total=updates, initial=progress.updates, unit="update", mininterval=0.5)
+    with (
+        bar,
+        objective,
+        Termination(accelerator) as termination,
+        naming_checkpoint(lambda: states.saved),
+        naming_dead_workers(),
+    ):
         for epoch in range(progress.epoch, config.epochs + 1):  # epoch 0 measures the initial model
+            if epoch and progress.updates == updates:
+                break
             record = progress.record or {"epoch": epoch, "train_loss": None, "lr": None, "seconds": 0.0}
             epoch_started = time.perf_counter() - record["seconds"]
             progress.epoch, progress.record, step = epoch, record, progress.step
             if epoch:
                 bar.set_description(f"epoch {epoch}/{config.epochs}")
-                model.train()
+                model.train(config.stage is None)  # a second stage leaves the features as they are
+                criterion.set_epoch(epoch - 1)
                 sampler.set_epoch(epoch - 1, start=step)
                 with torch.random.fork_rng(devices=()):  # an iterator draws a seed, one more in a run that is resumed
                     batches = iter(loader)
-                weights = sampler.weights()[-(sampler.updates - step) * config.gradient_accumulation_steps :]
-                for (images, labels), weight in zip(batches, weights, strict=True):
+                weights, offset = sampler.weights(), step * config.gradient_accumulation_steps
+                for forward, ((images, labels), weight) in enumerate(zip(batches, weights, strict=True), offset):
                     images = images.to(accelerator.device, non_blocking=True)
                     labels = labels.to(accelerator.device, non_blocking=True)
+                    if mix is not None:
+                        images, labels = mix(images, labels, epoch, forward, rank)
                     with accelerator.accumulate(model):
                         try:
                             penalised, loss = objective(model(images), labels)
@@ -226,7 +224,8 @@ def train(config: TrainConfig) -> None:
                         gather(net, plain)
                         ema.update(plain, step=progress.updates)
                     bar.update()
-                    signal, last = termination.requested(), step == sampler.updates
+                    signal = termination.requested()
+                    last = step == sampler.updates or progress.updates == updates
                     save = not last and (signal or progress.updates % (config.checkpoint_every or math.inf) == 0)
                     if step % config.log_every and not last and not save:
                         continue
@@ -242,12 +241,15 @@ def train(config: TrainConfig) -> None:
                         states.save(progress, total)
                     if save and signal:
                         stop(accelerator, signal, states.saved)
+                    if last:
+                        break
             if ema is None:
                 gather(net, plain)
             if world > 1:
                 distribute_bn(measured, world, reduce=True)  # every rank has gathered running statistics of its own
 
-            probing = epoch == config.epochs or (config.probe_every > 0 and epoch % config.probe_every == 0)
+            final = epoch == config.epochs or progress.updates == updates
+            probing = final or (config.probe_every > 0 and epoch % config.probe_every == 0)
             if probing:
                 confusion, record["solver"], *_ = evaluate(measured, train_eval, accelerator, len(class_names), probe)
                 record["train"] = accuracies(confusion, manifest.groups)
@@ -280,7 +282,7 @@ def train(config: TrainConfig) -> None:
 
     # The selected weights meet the test split, once.
     with naming_checkpoint(lambda: states.saved):
-        selected = config.epochs
+        selected = progress.records[-1]["epoch"]
         if config.select == "best":
             selected = progress.best_epoch
             measured.load_state_dict(states.weights(progress.best_updates))
@@ -299,13 +301,14 @@ def train(config: TrainConfig) -> None:
                 "collapse": report.as_dict(per_class=True),
                 "solver": solver,
                 "selected": {"by": config.select, "epoch": selected},
-                "images": {"train": len(view), "val": len(manifest.validation), "test": int(confusion.sum())},
+                "images": {name: len(images) for name, images in images_of.items()},
+                "draws_per_class": dict(zip(class_names, sampler.exposure(progress.epoch - 1).tolist(), strict=True)),
                 "parameters": sum(p.numel() for p in net.parameters()),
                 "seconds": time.perf_counter() - started,
                 **environment(accelerator),
             }
             tol = next((m.solver.tol for m in measured.modules() if isinstance(m, Equilibrium)), None)
-            title = run_title(config, manifest.groups)
+            title = run_title(config, manifest)
             figures = {"tol": tol, "class_names": class_names, "title": title}
             save_figures(folder / "figures", progress.records, report, log, **figures)
             write_text(folder / "results.json", to_json(results, indent=2))
