@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 
+import timm_deq  # noqa: F401 - registers its models
 from recipes.mistakes import check
 from recipes.profiles import PROFILES
 

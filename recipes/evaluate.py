@@ -84,12 +84,8 @@ def read_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--max-steps", type=int, nargs="+", metavar="N", help="budgets of evaluations; the model's own if not given")
     flag("--tol", type=float, help="relative residual at which a solve ends; the model's own if not given")
     flag("--no-gather", action="store_true", help="evaluate each batch until its last image has finished")
-    flag(
-        "--adjust-tau", type=float, metavar="TAU", help="subtract TAU log (share of the class) from logits; 1 is usual"
-    )
-    flag(
-        "--tau-normalise", type=float, metavar="TAU", help="divide class vectors by their length to the power TAU, 0..1"
-    )
+    flag("--adjust-tau", type=float, metavar="TAU", help="subtract TAU log(share of the class) from logits; say 1")
+    flag("--tau-normalise", type=float, metavar="TAU", help="divide class vectors by length^TAU, 0 to 1")
     flag("--output", help="folder to create; one that exists is never touched")
     images = parser.add_argument_group("images", "for a run folder those of the run, else as in recipes/train.py")
     for name, (kind, text) in IMAGE_FLAGS.items():

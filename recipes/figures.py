@@ -18,6 +18,7 @@ from timm_deq import SolveLog, Status
 
 # Okabe & Ito (2008): told apart by readers of any colour vision.
 COLORS = {"overall": "#000000", "majority": "#0072B2", "minority": "#D55E00"}
+COLORS |= {"many": "#0072B2", "medium": "#009E73", "few": "#D55E00"}
 _STYLE: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
 _FLOOR = 1e-16  # where a residual of 0 is drawn on a logarithmic axis
 

@@ -113,9 +113,8 @@ def train(config: TrainConfig) -> None:
         budget_bytes=int(config.budget * 2**20),
         **config.only("seed", "workers"),
     )
-    images_of = {name: pipeline.load(split, indices) for name, (split, indices) in splits.items()}
     sampler = EpochSampler(
-        images_of["train"].labels,
+        train_images.labels[manifest.indices],
         order=config.sampler,
         rank=rank,
         world=world,
@@ -123,9 +122,6 @@ def train(config: TrainConfig) -> None:
         threshold=config.repeat_threshold,
         **config.only("batch_size", "seed", "epochs", "defer"),
     )
-    loader = images_of["train"].train_loader(sampler)
-    dealing = {"batch_size": config.eval_batch_size, "rank": rank, "world": world}
-    train_eval, val_eval, test_eval = (images.eval_loader(**dealing) for images in images_of.values())
     mix = None
     if config.mixup_alpha or config.cutmix_alpha:
         prob = 1.0 if config.mix_prob is None else config.mix_prob
@@ -146,13 +142,18 @@ def train(config: TrainConfig) -> None:
         )
     model, prepared = accelerator.prepare(net, optimizer)
     objective = Objective(net, criterion, **config.only("jacobian_weight", "correction_at"))
-    set_seed(config.seed, device_specific=True)  # dropout differs between ranks
 
-    # Everything is known to fit together: only now is something written.
+    # Everything is known to fit together: only now is something written, and are images decoded.
     if accelerator.is_main_process:
         start.prepare(config, manifest.to_json())
-    accelerator.print(f"pipeline         {pipeline.describe()}")
     accelerator.wait_for_everyone()
+    accelerator.print(f"pipeline         {pipeline.describe()}")
+    images_of = {name: pipeline.load(*rows) for name, rows in splits.items()}
+    loader = images_of["train"].train_loader(sampler)
+    dealing = {"batch_size": config.eval_batch_size, "rank": rank, "world": world}
+    train_eval, val_eval, test_eval = (images.eval_loader(**dealing) for images in images_of.values())
+    set_seed(config.seed, device_specific=True)  # dropout differs between ranks
+
     parts = {"model": net, "average": ema and ema.module, "optimizer": optimizer, "criterion": criterion}
     parts |= {"scheduler": scheduler, "scaler": accelerator.scaler}
     states = States(

@@ -18,8 +18,9 @@ from timm.models import save_for_hf
 from torch import nn
 
 from recipes import train
+from recipes.accuracy import accuracies, evaluate, recalls
 from recipes.data import digits
-from recipes.evaluate import accuracies, evaluate, main, recalls, table
+from recipes.evaluate import main, table
 from recipes.figures import anytime_figure
 from timm_deq import Equilibrium, SolveLog
 

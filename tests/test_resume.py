@@ -247,7 +247,7 @@ class Killed(BaseException):
     """Stands for a signal 9: from then on nothing is put on the disk."""
 
 
-@pytest.mark.parametrize("n", [8, 21, 33])
+@pytest.mark.parametrize("n", [8, 19, 27])
 def test_a_run_that_dies_as_it_writes_goes_on(words, straight, stopped, tmp_path, monkeypatch, n):
     folder, left = shutil.copytree(stopped, tmp_path / "x"), [n]
 

@@ -365,6 +365,8 @@ def test_a_corrupt_image_is_named(tmp_path, capsys):
     datasets.DatasetDict(train=broken, test=whole["test"]).save_to_disk(tmp_path / "data")
     # Seed 1 draws the damaged image, which the manifest confirms.
     words = ["--dataset", str(tmp_path / "data"), "--val_fraction", "0", "--imbalance", "balanced", "--seed", "1"]
-    assert main(["--output", str(tmp_path / "x"), *SMALL, *words]) == 2
-    assert 400 in Manifest.load(tmp_path / "x" / "manifest.json").indices
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: image 400 of split 'train' cannot be decoded: ")
+    for pipeline in ("resident", "workers"):
+        assert main(["--output", str(tmp_path / pipeline), *SMALL, *words, "--pipeline", pipeline]) == 2
+        assert 400 in Manifest.load(tmp_path / pipeline / "manifest.json").indices
+        err = capsys.readouterr().err.splitlines()[-1].rpartition("\r")[2].strip()
+        assert err.startswith("error: image 400 of split 'train' cannot be decoded: ")
