@@ -215,9 +215,17 @@ def fold(model: nn.Module) -> nn.Module:
     A model without them is left as it is.
     """
     linear = _classifier(model)
+    if not parametrize.is_parametrized(linear):
+        return model
+    assert isinstance(linear, nn.Linear)
+    # A new layer: a copy of a parametrized one shares its class with the original, and `remove_parametrizations` takes
+    # the weight away from the class.
+    plain = skip_init(nn.Linear, linear.in_features, linear.out_features, bias=linear.bias is not None)
     for name in ("weight", "bias"):
-        if parametrize.is_parametrized(linear, name):
-            parametrize.remove_parametrizations(linear, name, leave_parametrized=True)
+        if (value := getattr(linear, name)) is not None:
+            setattr(plain, name, nn.Parameter(value.detach().clone()))
+    parent, _, name = classifier_name(model).rpartition(".")
+    setattr(model.get_submodule(parent), name, plain.train(linear.training))
     return model
 
 

@@ -69,8 +69,7 @@ def _check_images(config: "TrainConfig") -> None:
         _unread(config, "repeat_threshold", f"with sampler {config.sampler!r}")
     if config.sampler == "instance":
         check(config.defer == 0, "defer", config.defer, "0 with sampler 'instance', which there is nothing to defer to")
-    last = max(config.epochs - 1, 0)
-    check(config.defer <= last, "defer", config.defer, f"0 to {last}, below the epochs")
+    _before_the_end(config, "defer")
     if not (config.mixup_alpha or config.cutmix_alpha):
         _unread(config, "mix_prob", "without mixup_alpha or cutmix_alpha")
 
@@ -80,9 +79,7 @@ def _check_loss(config: "TrainConfig") -> None:
         check(name not in config.loss_args, "loss_args", config.loss_args, f"no {name}, which --{flag} is for")
     if config.reweight_epoch is None and config.loss != "class_balanced":
         _unread(config, "reweight_beta", "without reweight_epoch or loss 'class_balanced'")
-    last = max(config.epochs - 1, 0)
-    epoch = config.reweight_epoch
-    check(epoch is None or epoch <= last, "reweight_epoch", epoch, f"0 to {last}, below the epochs")
+    _before_the_end(config, "reweight_epoch")
     if config.sampler in CORRECTING_SAMPLERS:
         name, value = "loss", config.loss
         if value not in CORRECTING_LOSSES:
@@ -123,6 +120,11 @@ def _check_schedule(config: "TrainConfig") -> None:
     check(not most or warmup <= most, "warmup_epochs", warmup, f"0 to {most}, the epochs")
     milestones = config.decay_milestones
     check(config.sched != "multistep" or milestones != [], "decay_milestones", milestones, "epochs, with multistep")
+
+
+def _before_the_end(config: "TrainConfig", name: str) -> None:
+    epoch, last = getattr(config, name), config.epochs - 1
+    check(not config.epochs or epoch is None or epoch <= last, name, epoch, f"0 to {last}, below the epochs")
 
 
 def _unread(config: "TrainConfig", name: str, where: str) -> None:

@@ -52,7 +52,9 @@ def words(tmp_path_factory):
         splits[split] = datasets.Dataset.from_dict(content, features=features)
     datasets.DatasetDict(splits).save_to_disk(folder)
     data = f"--dataset {folder} --imbalance balanced --val_fraction 0.25 --img_size 16 --crop_pct 1"
-    model = "--model test_resnet --model_args.drop_rate 0.3 --ema_decay 0.5 --clip_grad 1 --lr 0.05"
+    data += " --cutout 4 --hflip 0.5 --mixup_alpha 0.4 --cutmix_alpha 1 --mix_prob 0.8"
+    model = "--classifier cosine --loss focal --reweight_epoch 1"
+    model += " --model test_resnet --model_args.drop_rate 0.3 --ema_decay 0.5 --clip_grad 1 --lr 0.05"
     loop = "--epochs 2 --batch_size 6 --gradient_accumulation_steps 2 --probe_every 0 --select best --log_every 4"
     return [*data.split(), *model.split(), *loop.split()]
 
