@@ -57,7 +57,7 @@ class FeatureCache:
             return
         features = batch.features.detach()
         kept = features.to("cpu", self.dtype or features.dtype, copy=True)
-        labels, chosen = batch.labels.to("cpu", copy=True), batch.chosen.cpu()
+        labels, chosen = batch.labels.cpu(), batch.chosen.cpu()
         if self._memory + kept.nbytes <= self.memory_bytes:
             self._memory += kept.nbytes
             self._batches.append(Kept(kept, labels, chosen))

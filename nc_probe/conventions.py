@@ -71,7 +71,7 @@ def zhu2021(
     """Zhu et al., "A Geometric Analysis of Neural Collapse with Unconstrained Features", NeurIPS 2021.
 
     mu_G is the mean of all samples, S_W = (1/N) sum over all samples, S_B = (1/K) sum_k (mu_k - mu_G)(mu_k - mu_G)^T:
-    every class counts once in it, but about the centre of samples. On imbalanced data it may have rank K.
+    every class counts once in it, but about the centre of samples. Its rank is K - 1, as sum_k n_k (mu_k - mu_G) = 0.
 
     Returns:
         nc1: tr(S_W S_B^+) / K. [0, inf), 0 at collapse.
@@ -144,21 +144,21 @@ def check_conventions(conventions: Iterable[str]) -> tuple[str, ...]:
 
 def _papyan_inverse(moments: ClassMoments) -> measures.BetweenInverse:
     mu = moments.mean[moments.count > 0]
-    return _inverse(moments, mu - mu.mean(0), len(mu) - 1)
+    return _inverse(moments, mu - mu.mean(0))
 
 
 def _zhu_inverse(moments: ClassMoments) -> measures.BetweenInverse:
     seen = moments.count > 0
     n, mu = moments.count[seen].double(), moments.mean[seen]
-    return _inverse(moments, mu - (n / n.sum()) @ mu, len(mu))
+    return _inverse(moments, mu - (n / n.sum()) @ mu)
 
 
-def _inverse(moments: ClassMoments, centered: Tensor, max_rank: int) -> measures.BetweenInverse:
-    """S_B^+ with every class once in S_B."""
+def _inverse(moments: ClassMoments, centered: Tensor) -> measures.BetweenInverse:
+    """S_B^+ with every class once in S_B; about either centre the class means span K - 1 directions at most."""
     K = len(centered)
     magnitude = math.sqrt(float(moments.mean.square().sum()) / K)
     weights = torch.full_like(centered[:, 0], 1 / K)
-    return measures.between_inverse(centered, weights, max_rank=max_rank, magnitude=magnitude)
+    return measures.between_inverse(centered, weights, max_rank=K - 1, magnitude=magnitude)
 
 
 INVERSES: Mapping[str, Callable[[ClassMoments], measures.BetweenInverse]] = {

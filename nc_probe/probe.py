@@ -41,8 +41,7 @@ class NCProbe:
     attribute. The features are those that the classifier received, in their own precision (bfloat16 under autocast);
     all arithmetic on them is float64, which neither autocast nor TF32 touches.
 
-    A compiled model runs eagerly inside the `with`, because compiled code ignores hooks that were added after it was
-    compiled.
+    A compiled model runs eagerly inside the `with`, because compiled code ignores hooks that were added later.
 
     What needs the final class means takes a second look at the features (NC1, NC4, the rank of the features), which are
     kept: on the host up to `cache_bytes` of this rank, then on disk up to `spill_bytes`. Beyond both, or with
@@ -230,8 +229,9 @@ class NCProbe:
             raise ValueError(f"model must be in evaluation mode, but its module {training!r} trains: call model.eval()")
         given = self._output.take()
         features = given if self._input is None else self._input.take()
-        if not isinstance(features, Tensor) or features.ndim != 2:
-            raise ValueError(f"a model without classifier must give (B, d), got {_shape(features)}")
+        if features is None or features.ndim != 2:
+            shape = None if features is None else tuple(features.shape)
+            raise ValueError(f"a model without classifier must give a tensor (B, d), got {shape}")
         if labels.shape != features.shape[:1]:
             raise ValueError(f"labels must have shape ({len(features)},) as the batch has, got {tuple(labels.shape)}")
         if mask is not None:
@@ -302,8 +302,15 @@ class NCProbe:
         moments = self._gathered(stream, sync=sync)
         moments.check_counts()
         weight, bias = stream.snapshot()
-        settings: dict[str, Any] = {"center": self.center, "groups": self.groups, "conventions": self.conventions}
-        measurement = Measurement(moments, weight, bias, **settings)
+        measurement = Measurement(
+            moments,
+            weight,
+            bias,
+            center=self.center,
+            groups=self.groups,
+            conventions=self.conventions,
+            features_dtype=stream.dtype,
+        )
         looked, source = None, "absent: features exceed cache_bytes and spill_bytes, and there was no second pass"
         if self._looks:
             looked, source = self._looks[index].finish(sync=sync), "from a second pass over the samples"
@@ -321,7 +328,3 @@ class NCProbe:
         agree = None if looked is None or stream.linear is None else looked.agree
         agreement = Agreement(correct, None if looked is None else looked.nearest, agree, source)
         return measurement.report(agreement, looked if self._deferred and not self._looks else None)
-
-
-def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__

@@ -35,11 +35,13 @@ class ClassifierStream:
     def reset(self) -> None:
         self.moments = None if self.linear is None else self.make(self.linear.weight.shape[1])
         self.correct: Tensor | None = None
+        self.dtype = torch.float32  # of the features
         self._snapshot: tuple[Tensor, Tensor | None] | None = None
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Counts a batch: features of the whole head (B, D), labels (B,)."""
         x = features[:, self.columns]
+        self.dtype = x.dtype
         if self.moments is None:
             self.moments = self.make(x.shape[1])
         self.moments.update(x, labels)

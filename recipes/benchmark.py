@@ -1,81 +1,94 @@
-r"""Measure the solvers against TorchDEQ, the peer, on the same maps, in one run.
+"""Measure this package beside its peers, on the same inputs, in one run.
 
-    python recipes/benchmark.py [--device cuda] [--json benchmark.json]
+    python recipes/benchmark.py [solvers] [probe] [--device cuda] [--json benchmark.json] [--figures .github]
 
-prints the machine and the versions, and three Markdown tables with a row for each map or size and solver:
+prints the machine and the versions, and Markdown tables, a ratio below 1 being in our favour:
 
-1. evaluations of f until the true relative residual $\|f(z) - z\| / \|f(z)\|$ of every sample has met a tolerance at
-   some call, and their mean over the samples. A wrapper around f measures both sides alike, whatever they measure;
-2. overhead: the time of a solve less the time of as many calls of f alone, in turns, medians;
-3. peak memory of a solve against the calls allowed, in units of one state.
+* `solvers`: fixed-point solvers against TorchDEQ. A minute or two on two CPU cores; see recipes/benchmark_solvers.py.
+* `probe`: neural collapse against three passes of accumulators, its share of an evaluation and of training, and NC1
+  where class means merge. Five minutes on two CPU cores; see recipes/benchmark_probe.py and
+  recipes/benchmark_merged.py.
 
-A ratio below 1 is in our favour. Both sides get the same f, initial iterate, number of calls and memory; ridge and
-mixing are each side's defaults. In the third table alone the peer's Broyden keeps what it keeps by default, which is
-every pair. The peer is Geng & Kolter, "TorchDEQ: A Library for Deep Equilibrium Models", arXiv 2310.18605; its solvers
-are called directly, without the layers above them. Takes a minute or two on two CPU cores.
+Without a name it does all of them.
 """
 
 import argparse
 import json
-import math
 import platform
-import statistics
 import sys
-import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torchdeq.solver import anderson_solver, broyden_solver
 from tqdm import tqdm
 
-from timm_deq import Anderson, Broyden, fixed_point
-from timm_deq.models.deq_resnet import ResidualCell
+from recipes.benchmark_tables import Row, table
 
-Map = Callable[[Tensor], Tensor]
-Row = dict[str, Any]
-"""One line of a table, by the heading of its columns."""
+Tables = Mapping[str, Iterable[Row]]
 
-MEMORY = {"Anderson": 6, "Broyden": 10}
-BUDGET = 120  # at radius 0.9 the plain iteration takes about 105 calls to a residual of 1e-5
-TIMED_CALLS, NEVER = 30, 1e-30
-MEMORY_STATE, MEMORY_CALLS = (4, 4096), (10, 20, 40, 80)
+
+def solvers(args: argparse.Namespace) -> Tables:
+    from recipes import benchmark_solvers as part  # needs torchdeq
+
+    return {
+        "evaluations": part.evaluations(args.device, args.tolerances),
+        "overhead": part.overhead(args.device, args.sizes, args.rounds),
+        "memory": part.memory(args.device),
+    }
+
+
+def probe(args: argparse.Namespace) -> Tables:
+    from recipes import benchmark_merged as merged
+    from recipes import benchmark_probe as part
+
+    if args.figures:
+        args.figures.mkdir(parents=True, exist_ok=True)
+        merged.merged_figure().savefig(args.figures / "nc1_merged.png", dpi=150)
+    return {
+        "features in memory": part.features_in_memory(args.device, args.rounds),
+        "share of an evaluation": part.share_of_evaluation(args.device, args.rounds),
+        "share of training": part.share_of_training(args.rounds),
+        "merged minorities": merged.merged_minorities(),
+    }
+
+
+# Each part gives its tables by name, with their rows as they are measured.
+PARTS: dict[str, Callable[[argparse.Namespace], Tables]] = {"solvers": solvers, "probe": probe}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure the solvers against TorchDEQ.")
-    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu (the default) or cuda")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: torch's)")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each solve is timed (default: 5)")
-    parser.add_argument("--tolerances", type=float, nargs="+", default=[1e-3, 1e-5], help="(default: 1e-3 1e-5)")
+    parser = argparse.ArgumentParser(description="Measure this package beside its peers.")
+    flag = parser.add_argument
+    flag("parts", type=part, nargs="*", default=list(PARTS), metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
+    flag("--device", type=torch.device, default="cpu", help="cpu (the default) or cuda")
+    flag("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: torch's)")
+    flag("--rounds", type=int, default=5, help="times that everything is timed (default: 5)")
+    flag("--tolerances", type=float, nargs="+", default=[1e-3, 1e-5], help="of the solvers (default: 1e-3 1e-5)")
     sizes = [(16, 61440), (64, 1024)]
-    parser.add_argument("--sizes", type=size, nargs="+", default=sizes, help="BxD (default: 16x61440 64x1024)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same numbers there")
+    flag("--sizes", type=size, nargs="+", default=sizes, help="of states, BxD (default: 16x61440 64x1024)")
+    flag("--json", type=Path, metavar="FILE", help="write the same numbers there")
+    flag("--figures", type=Path, metavar="FOLDER", help="draw the pictures of the README there")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
 
     header = environment(args.device)
     print("\n".join(f"{key}: {value}" for key, value in header.items()))
-    measurements = {
-        "evaluations": evaluations(args.device, args.tolerances),
-        "overhead": overhead(args.device, args.sizes, args.rounds),
-        "memory": memory(args.device),
-    }
     tables: dict[str, list[Row]] = {}
-    for name, rows in measurements.items():
-        tables[name] = list(tqdm(rows, name, unit="row", leave=False))
-        print(f"\n{name}\n\n{table(tables[name])}")
+    for name in dict.fromkeys(args.parts):
+        for title, rows in PARTS[name](args).items():
+            tables[title] = list(tqdm(rows, title, unit="row", leave=False))
+            print(f"\n{title}\n\n{table(tables[title])}")
     if args.json:
         args.json.write_text(json.dumps({"environment": header, **tables}, indent=1) + "\n")
     return 0
+
+
+def part(text: str) -> str:
+    """The name of a part of the benchmark."""
+    if text not in PARTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; allowed: {', '.join(PARTS)}")
+    return text
 
 
 def size(text: str) -> tuple[int, int]:
@@ -94,203 +107,15 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "torch": torch.__version__,
-        "timm-deq": version("timm-deq"),
-        "torchdeq": version("torchdeq"),
+        **{name: installed(name) for name in ("timm", "timm-deq", "torchdeq")},
     }
 
 
-def ours(method: str, f: Map, z0: Tensor, *, tol: float, calls: int, memory: int) -> None:
-    fixed_point(f, z0, {"Anderson": Anderson, "Broyden": Broyden}[method](tol, calls, memory=memory))
-
-
-def peer(method: str, f: Map, z0: Tensor, *, tol: float, calls: int, memory: int) -> None:
-    if method == "Anderson":
-        anderson_solver(f, z0, max_iter=calls, tol=tol, stop_mode="rel", m=memory)
-    else:  # which does not count its first call
-        broyden_solver(f, z0, max_iter=calls - 1, tol=tol, stop_mode="rel", LBFGS_thres=memory)
-
-
-class Recorded:
-    """A map that notes the relative residual of each sample, `(B,)`, at every call."""
-
-    def __init__(self, f: Map) -> None:
-        self.f = f
-        self.residuals: list[Tensor] = []
-
-    def __call__(self, z: Tensor) -> Tensor:
-        fz = self.f(z)
-        difference, length = (torch.linalg.vector_norm(x.flatten(1), dim=1) for x in (fz - z, fz))
-        self.residuals.append(difference / length)
-        return fz
-
-    def calls_to(self, tol: float) -> Tensor:
-        """Calls until each sample first met the tolerance, `(B,)`; infinite where it never did."""
-        met = torch.stack(self.residuals) <= tol
-        return torch.where(met.any(dim=0), met.int().argmax(dim=0) + 1.0, torch.inf)
-
-
-@torch.no_grad()
-def evaluations(device: torch.device, tolerances: Sequence[float]) -> Iterator[Row]:
-    """Calls of f to a tolerance, for every map, tolerance and solver; None where the budget did not suffice."""
-    for name, (f, z0) in problems(device).items():
-        for tol in tolerances:
-            for method, kept in MEMORY.items():
-                calls = []
-                for solve in (ours, peer):
-                    recorded = Recorded(f)
-                    solve(method, recorded, z0, tol=tol, calls=BUDGET, memory=kept)
-                    calls.append(recorded.calls_to(tol))
-                row = {"f": name, "tolerance": tol, "solver": method}
-                slowest, mean = [c.max().item() for c in calls], [c.mean().item() for c in calls]
-                yield row | compared("calls", *slowest) | compared("mean calls", *mean)
-
-
-@torch.no_grad()
-def overhead(device: torch.device, sizes: Sequence[tuple[int, int]], rounds: int) -> Iterator[Row]:
-    """Milliseconds of a solve beyond the calls of f, for every size `(B, D)` and solver."""
-    for batch, length in sizes:
-        f, z0 = diagonal(batch, length, device)
-        for method, kept in MEMORY.items():
-            solves = [partial(s, method, z0=z0, tol=NEVER, calls=TIMED_CALLS, memory=kept) for s in (ours, peer)]
-            for solve in solves:  # a warm-up, which also shows that both make the same number of calls
-                recorded = Recorded(f)
-                solve(f=recorded)
-                assert len(recorded.residuals) == TIMED_CALLS
-            runs = [partial(iterate, f, z0), *(partial(solve, f=f) for solve in solves)]
-            times = [[milliseconds(run, device) for run in runs] for _ in range(rounds)]
-            beyond = [statistics.median(t[side] - t[0] for t in times) for side in (1, 2)]
-            row = {"state": f"{batch}x{length}", "solver": method, "f ms": statistics.median(t[0] for t in times)}
-            yield row | compared("overhead ms", *beyond)
-
-
-@torch.no_grad()
-def memory(device: torch.device) -> Iterator[Row]:
-    """Peak memory of a solve in states, for every solver and number of calls allowed."""
-    f, z0 = diagonal(*MEMORY_STATE, device)
-    for method, kept in MEMORY.items():
-        for calls in MEMORY_CALLS:
-            kept_by_peer = kept if method == "Anderson" else calls - 1  # its default
-            sides = ((ours, kept), (peer, kept_by_peer))
-            runs = [partial(solve, method, f, z0, tol=NEVER, calls=calls, memory=m) for solve, m in sides]
-            peaks = [peak_bytes(run, device) / z0.nbytes for run in runs]
-            yield {"solver": method, "calls allowed": calls} | compared("peak states", *peaks)
-
-
-def iterate(f: Map, z: Tensor) -> None:
-    for _ in range(TIMED_CALLS):
-        z = f(z)
-
-
-def milliseconds(run: Callable[[], None], device: torch.device) -> float:
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    run()
-    synchronize()
-    return 1000 * (time.perf_counter() - start)
-
-
-def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
-    """The most memory that tensors made by `run` held at once."""
-    if device.type != "cuda":
-        with PeakMemory() as mode:
-            run()
-        return mode.peak
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-class PeakMemory(TorchDispatchMode):
-    """Follows the bytes of the storages that operations make while it is open, but not what they need inside.
-
-    Attributes:
-        live: Bytes held now.
-        peak: The most bytes held at once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        given = storages((args, kwargs))
-        result = func(*args, **(kwargs or {}))
-        for key, storage in storages(result).items():
-            if key not in given:
-                self._count(storage.nbytes())
-                weakref.finalize(storage, self._count, -storage.nbytes())
-        return result
-
-    def _count(self, size: int) -> None:
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-
-def storages(tree: Any) -> dict[int, torch.UntypedStorage]:
-    """The storages of the tensors in a tree, each once."""
-    found = (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-    return {storage._cdata: storage for storage in found}
-
-
-def problems(device: torch.device) -> dict[str, tuple[Map, Tensor]]:
-    """Maps of states of 16 samples, each with its initial iterate, zero; drawn on the CPU, the same everywhere."""
-    torch.manual_seed(0)
-    batch, length = 16, 256
-    rotation = torch.linalg.qr(torch.randn(length, length)).Q
-    # Eigenvalues from -0.95 to 0.95, far from orthogonal eigenvectors: I - A has a condition number of 160.
-    triangle = torch.diag(torch.linspace(-0.95, 0.95, length)) + 0.5 * torch.randn(length, length).triu(1) / length**0.5
-    block = ResidualCell(64, width=64, bottleneck=False, num_groups=8).to(device)
-    block.BRANCH_GAIN = 0.5  # larger than at first, as training makes it
-    block.init_weights()
-    maps: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
-        "rotation, radius 0.9": (partial(linear, (0.9 * rotation).to(device)), (length,)),
-        "non-normal, radius 0.95": (partial(linear, (rotation @ triangle @ rotation.T).to(device)), (length,)),
-        "convolutions": (block, (64, 8, 8)),
-        "attention": (partial(attention, (torch.randn(3 * 64, 64) / 8).to(device)), (16, 64)),
-    }
-    inputs = {name: torch.randn(batch, *shape).to(device) for name, (_, shape) in maps.items()}
-    return {name: (partial(f, x=inputs[name]), torch.zeros_like(inputs[name])) for name, (f, _) in maps.items()}
-
-
-def linear(A: Tensor, z: Tensor, *, x: Tensor) -> Tensor:
-    """`A z + x` for states `(B, D)`."""
-    return z @ A.T + x
-
-
-def attention(weight: Tensor, z: Tensor, *, x: Tensor) -> Tensor:
-    """`LayerNorm(x + softmax(q k^T / sqrt(D)) v / 2)` for tokens `(B, T, D)`."""
-    q, k, v = F.linear(z, weight).chunk(3, dim=-1)
-    return F.layer_norm(x + F.scaled_dot_product_attention(q, k, v) / 2, x.shape[-1:])
-
-
-def diagonal(batch: int, length: int, device: torch.device) -> tuple[Map, Tensor]:
-    """`a z + b` by elements, one pass over memory and too many eigenvalues to be solved soon; and a state `(B, D)`."""
-    torch.manual_seed(0)
-    a, b = torch.linspace(-0.99, 0.99, length).to(device), torch.randn(batch, length).to(device)
-    return lambda z: torch.addcmul(b, a, z), torch.zeros_like(b)
-
-
-def compared(name: str, ours: float, peer: float) -> Row:
-    """The columns of a comparison; None for what is infinite, and for a ratio with it."""
-    known = {side: value if math.isfinite(value) else None for side, value in (("ours", ours), ("peer", peer))}
-    known["ratio"] = None if None in known.values() else ours / peer
-    return {f"{name}, {side}": value for side, value in known.items()}
-
-
-def table(rows: Sequence[Row]) -> str:
-    """A Markdown table; `-` stands for None."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    for row in rows:
-        lines.append("| " + " | ".join(cell(value) for value in row.values()) + " |")
-    return "\n".join(lines)
-
-
-def cell(value: str | float | None) -> str:
-    if not isinstance(value, float):
-        return "-" if value is None else str(value)
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 if __name__ == "__main__":

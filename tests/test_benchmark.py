@@ -1,105 +1,24 @@
+"""The script of the benchmark: its parts, its tables, its files."""
+
 import json
 import warnings
 
 import pytest
 import torch
 
+from recipes import benchmark, benchmark_merged, benchmark_probe, benchmark_tables
+
 with warnings.catch_warnings():  # docstrings of torchdeq hold escapes that Python warns of when it compiles them
     warnings.simplefilter("ignore")
-    from recipes import benchmark
-
-CPU = torch.device("cpu")
-
-
-def test_calls_to_a_tolerance_by_hand():
-    recorded = benchmark.Recorded(lambda z: z / 2 + 1)  # the fixed point is 2
-    for z in (
-        [0.0, 2.0, 4.0],
-        [1.6, 0.0, 4.0],
-        [2.0, 2.0, 4.0],
-    ):  # one that arrives, one that leaves, one that stays away
-        torch.testing.assert_close(recorded(torch.tensor(z)[:, None])[:, 0], torch.tensor(z) / 2 + 1)
-    assert (
-        torch.stack(recorded.residuals)
-        .isclose(torch.tensor([[1, 0, 1 / 3], [0.2 / 1.8, 1, 1 / 3], [0, 0, 1 / 3]]))
-        .all()
-    )
-    assert recorded.calls_to(0.2).tolist() == [2, 1, torch.inf]
-    assert recorded.calls_to(0.1).tolist() == [3, 1, torch.inf]
-
-
-def test_no_number_is_no_success():
-    recorded = benchmark.Recorded(lambda z: z / z)
-    recorded(torch.zeros(2, 3, 4))
-    assert recorded.calls_to(1e9).tolist() == [torch.inf] * 2
-
-
-@pytest.mark.parametrize("method", benchmark.MEMORY)
-@pytest.mark.parametrize("solve", [benchmark.ours, benchmark.peer])
-def test_a_tolerance_never_met_takes_every_call_allowed(method, solve):
-    f, z0 = benchmark.diagonal(2, 500, CPU)
-    recorded = benchmark.Recorded(f)
-    with torch.no_grad():
-        solve(method, recorded, z0, tol=benchmark.NEVER, calls=17, memory=4)
-    assert len(recorded.residuals) == 17
-
-
-def test_peak_memory_by_hand():
-    before = torch.zeros(5000)
-    with benchmark.PeakMemory() as mode:
-        a = torch.zeros(1000)
-        before.view(50, 100).add_(1)  # was there before
-        b = a + 1
-        a.view(10, 100).mul_(2)  # a view, and in place: nothing new
-        assert mode.live == 8000
-        del b
-        a.add_(1)
-        assert (mode.live, mode.peak) == (4000, 8000)
-        c, d = a.double().split(500)
-        assert (mode.live, mode.peak) == (12000, 12000)
-        del c, a
-        assert mode.live == 8000  # the other half holds it
-        del d
-    assert (mode.live, mode.peak) == (0, 12000)
-
-
-def test_once_full_our_memory_does_not_grow_and_the_peers_broyden_keeps_two_states_a_call(monkeypatch):
-    monkeypatch.setattr(benchmark, "MEMORY_CALLS", (20, 30))
-    rows = list(benchmark.memory(CPU))
-    for method in benchmark.MEMORY:
-        ours = [row["peak states, ours"] for row in rows if row["solver"] == method]
-        assert max(ours) - min(ours) < 0.1
-        assert min(ours) > 2 * benchmark.MEMORY[method]
-    assert all(row["peak states, peer"] > 2 * 6 for row in rows)
-    peer = {row["calls allowed"]: row["peak states, peer"] for row in rows if row["solver"] == "Broyden"}
-    assert peer[30] - peer[20] == pytest.approx(20, abs=0.1)
-
-
-def test_overhead_is_the_median_of_differences(monkeypatch):
-    times = iter(
-        [1.0, 3.0, 9.0, 2.0, 9.0, 9.0, 4.0, 7.0, 9.0] * 2
-    )  # f alone, ours, the peer; three rounds, two solvers
-    monkeypatch.setattr(benchmark, "milliseconds", lambda run, device: next(times))
-    rows = list(benchmark.overhead(CPU, [(2, 64)], rounds=3))
-    assert [row["solver"] for row in rows] == ["Anderson", "Broyden"]
-    for row in rows:
-        assert (row["state"], row["f ms"]) == ("2x64", 2.0)
-        assert (row["overhead ms, ours"], row["overhead ms, peer"], row["overhead ms, ratio"]) == (3.0, 7.0, 3 / 7)
-
-
-@pytest.mark.parametrize(("name", "radius"), [("rotation, radius 0.9", 0.9), ("non-normal, radius 0.95", 0.95)])
-def test_the_radius_of_the_linear_maps(name, radius):
-    f, z0 = benchmark.problems(CPU)[name]
-    A = (f(torch.eye(len(z0[0]))[:, None]) - f(torch.zeros_like(z0[:1])))[:, 0].double()
-    assert torch.linalg.eigvals(A).abs().max().item() == pytest.approx(radius, abs=1e-3)
+    from recipes import benchmark_solvers
 
 
 def test_table():
     rows = [
-        {"f": "a", "n": 2, **benchmark.compared("calls", 3.0, 4.0)},
-        {"f": "b", "n": 3, **benchmark.compared("calls", 1234.5, torch.inf)},
+        {"f": "a", "n": 2, **benchmark_tables.compared("calls", 3.0, 4.0)},
+        {"f": "b", "n": 3, **benchmark_tables.compared("calls", 1234.5, torch.inf)},
     ]
-    assert benchmark.table(rows).splitlines() == [
+    assert benchmark_tables.table(rows).splitlines() == [
         "| f | n | calls, ours | calls, peer | calls, ratio |",
         "|---|---|---|---|---|",
         "| a | 2 | 3 | 4 | 0.75 |",
@@ -107,15 +26,71 @@ def test_table():
     ]
 
 
-def test_from_the_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "MEMORY_CALLS", (3, 5))
+def test_runs_take_turns_and_medians_are_their_own(monkeypatch):
+    times, order = iter([1.0, 10.0, 5.0, 30.0, 2.0, 20.0]), []
+    monkeypatch.setattr(benchmark_tables, "milliseconds", lambda run, device: (run(), next(times))[1])
+    runs = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    assert benchmark_tables.in_turn(runs, 3, torch.device("cpu")) == {"a": 2.0, "b": 20.0}
+    assert order == ["a", "b"] * 3
+
+
+def test_solvers_from_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_solvers, "MEMORY_CALLS", (3, 5))
     file = tmp_path / "benchmark.json"
-    argv = ["--threads", "1", "--rounds", "1", "--sizes", "2x32", "--tolerances", "0.3", "--json", str(file)]
+    argv = ["solvers", "--threads", "1", "--rounds", "1", "--sizes", "2x32", "--tolerances", "0.3", "--json", str(file)]
     assert benchmark.main(argv) == 0
     printed, written = capsys.readouterr().out, json.loads(file.read_text())
+    assert list(written) == ["environment", "evaluations", "overhead", "memory"]
     assert [len(written[name]) for name in ("evaluations", "overhead", "memory")] == [8, 2, 4]
     for row in written["evaluations"]:
-        assert 1 <= row["mean calls, ours"] <= row["calls, ours"] <= benchmark.BUDGET
+        assert 1 <= row["mean calls, ours"] <= row["calls, ours"] <= benchmark_solvers.BUDGET
         assert row["calls, ratio"] == row["calls, ours"] / row["calls, peer"]
     assert written["environment"]["torch"] == torch.__version__
-    assert f"torch: {torch.__version__}" in printed and benchmark.table(written["memory"]) in printed
+    assert f"torch: {torch.__version__}" in printed and benchmark_tables.table(written["memory"]) in printed
+
+
+def test_probe_from_the_command_line(tmp_path, capsys, monkeypatch):
+    for name, value in (("SAMPLES", 400), ("FEATURES", 16), ("CLASSES", 5), ("BATCH_SIZES", (100, 64))):
+        monkeypatch.setattr(benchmark_probe, name, value)
+    monkeypatch.setattr(benchmark_probe, "MODEL", "resnet10t")
+    monkeypatch.setattr(benchmark_probe, "IMAGES", (2, 3, 32, 32))
+    one_epoch_of_few(monkeypatch)
+    monkeypatch.setattr(benchmark_merged, "FEATURES", 16)
+    file = tmp_path / "benchmark.json"
+    argv = ["probe", "--threads", "1", "--rounds", "1", "--json", str(file), "--figures", str(tmp_path / "figures")]
+    assert benchmark.main(argv) == 0
+    printed, written = capsys.readouterr().out, json.loads(file.read_text())
+    titles = ["features in memory", "share of an evaluation", "share of training", "merged minorities"]
+    assert list(written) == ["environment", *titles]
+    assert [len(written[title]) for title in titles] == [6, 1, 1, 9]
+    assert all(benchmark_tables.table(written[title]) in printed for title in titles)
+    for row in written["features in memory"]:
+        assert row["ms, ratio"] == row["ms, ours"] / row["ms, peer"]
+        assert row["NC1 error, ours"] < 1e-12
+        assert row["NC1 error, peer"] < (1e-4 if row["peer"] == "float32" else 1e-12)
+    (share,) = written["share of an evaluation"]
+    assert share["images"] == 6
+    assert share["updates %"] == pytest.approx(100 * share["updates ms"] / share["pass ms"])
+    (share,) = written["share of training"]
+    whole = share["epoch ms"] + share["evaluation ms"]
+    assert share["% of epoch and evaluation"] == pytest.approx(100 * share["probe and report ms"] / whole)
+    assert (tmp_path / "figures" / "nc1_merged.png").read_bytes().startswith(b"\x89PNG")
+
+
+def one_epoch_of_few(monkeypatch):
+    """The default run, with its first images only."""
+    whole = benchmark_probe.default_run
+
+    def few(config):
+        net, images, labels, groups, _ = whole(config)
+        assert (len(labels), config.model) == (382, "deq_resnet8_cifar")
+        images, labels = images[::48], labels[::48]
+        return net, images, labels, groups, torch.bincount(labels, minlength=10)
+
+    monkeypatch.setattr(benchmark_probe, "default_run", few)
+
+
+def test_an_unknown_part_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["prob"])
+    assert f"'prob' is no part; allowed: {', '.join(benchmark.PARTS)}" in capsys.readouterr().err

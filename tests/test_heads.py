@@ -105,6 +105,7 @@ def test_the_linear_map_of_every_timm_module(name):
     exact = name != NOT_LINEAR
     assert (relative_error(model, x, logits) < 1e-4) == exact
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught, NCProbe(model) as probe:
+        warnings.simplefilter("always")
         model(x)
         probe.update(torch.arange(len(x)))
     assert len(caught) == (not exact) and (probe.linear_error < 1e-4) == exact
@@ -242,6 +243,13 @@ def test_features_of_a_model_without_classifier(name):
         assert absent[key] is None, key
     nearest = torch.cdist(features, means).argmin(1)
     assert report.nc1 > 0 and report.center_accuracy == float((nearest == labels).double().mean())
+
+
+def test_one_head_of_two_is_not_enough():
+    net = TimmNet()
+    net.get_classifier = lambda: (net.fc, nn.Identity())
+    with pytest.raises(ValueError, match="must be or contain an nn.Linear or a 1x1 nn.Conv2d, got Identity"):
+        find_head(net)
 
 
 def test_num_classes_of_a_classifier_is_its_own():

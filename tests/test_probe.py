@@ -8,6 +8,7 @@ import math
 import tempfile
 import weakref
 
+import oracles_nc
 import pytest
 import torch
 from torch import nn
@@ -161,17 +162,22 @@ def test_wrapped_models(wrap, build):
     torch.compiler.reset()
 
 
-def test_bfloat16_activations_are_measured_as_they_are():
+@pytest.mark.parametrize("center", ["balanced", "empirical"])
+def test_bfloat16_activations_are_measured_as_they_are(center):
+    """Every number of the report, against float64 sums over the very activations that the classifier received."""
     model, (x, labels) = Net().eval(), data()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        report = run(model, x, labels)
-        with torch.no_grad():
-            h = model.features(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        report = run(model, x, labels, center=center, groups=GROUPS)
+        h = model.features(x)
     assert h.dtype == torch.bfloat16
-    means = torch.stack([h[labels == k].double().mean(0) for k in range(K)])
-    assert report.class_norm == pytest.approx((means - means.mean(0)).norm(dim=1).tolist(), rel=1e-12)
-    chosen = (h.double() @ model.fc.weight.double().T + model.fc.bias.double()).argmax(1)
-    assert report.accuracy == pytest.approx(float((chosen == labels).double().mean()))
+    arrays = (h.double().numpy(), labels.numpy(), model.fc.weight.detach().double().numpy())
+    bias = model.fc.bias.detach().double().numpy()
+    for classes, part in ((None, report), (GROUPS["minority"], report.groups["minority"])):
+        expected = oracles_nc.report(*arrays, bias, center=center, classes=classes)
+        expected.pop("feature_rank", None)  # the oracle's tolerance is that of float32
+        assert len(expected) > 30
+        for name, value in expected.items():
+            assert getattr(part, name) == pytest.approx(value, rel=1e-10, abs=1e-12), name
 
 
 def test_offset_does_not_move_nearest_means():
@@ -326,7 +332,9 @@ def test_entering_and_reset_start_afresh():
         with probe:
             model(x)
             probe.update(labels)
-        assert probe.compute().samples == 57
+        report = probe.compute()
+        assert report.samples == 57
+    assert_same(report, run(model, x, labels))
     with probe:
         model(x)
         probe.update(labels).reset()
@@ -376,6 +384,15 @@ def test_misuse_is_one_line(use, message):
         use(model, probe, x, labels)
     assert "\n" not in str(error.value)
     assert not model.fc._forward_pre_hooks
+
+
+def test_a_classifier_that_is_called_twice_is_no_classifier():
+    class Twice(Net):
+        def forward(self, x):
+            return self.fc(self.features(x)) + self.fc(self.features(-x))
+
+    with pytest.raises(ValueError, match="got 2 through its classifier 'fc' since the last update"):
+        run(Twice().eval(), *data())
 
 
 def test_a_failed_update_counts_nothing():
