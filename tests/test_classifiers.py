@@ -11,7 +11,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import timm_deq  # noqa: F401 - registers its models
-from nc_probe import NCProbe, simplex_etf_gram
+from nc_probe import NCProbe
+from nc_probe import simplex_etf as reference
 from recipes.checkpoint import save_checkpoint
 from recipes.classifiers import (
     KINDS,
@@ -50,7 +51,7 @@ def test_the_frame_has_the_gram_matrix_of_the_simplex(num_classes, num_features)
     frames = [simplex_etf(num_classes, num_features, seed=seed) for seed in (0, 0, 1)]
     for frame in frames:
         assert frame.shape == (num_classes, num_features)
-        torch.testing.assert_close(frame @ frame.T, simplex_etf_gram(num_classes), rtol=0, atol=1e-14)
+        torch.testing.assert_close(frame @ frame.T, reference(num_classes).rows(), rtol=0, atol=1e-14)
         torch.testing.assert_close(frame.sum(0), torch.zeros(num_features).double(), rtol=0, atol=1e-14)
     assert torch.equal(frames[0], frames[1])
     if num_features > 1:
@@ -100,18 +101,19 @@ def test_linear_changes_nothing():
 def test_the_probe_finds_the_map_that_gives_the_logits(kind):
     model = replace_classifier(build(), kind, scale=8.0)
     probe = NCProbe(model, head=classifier_name(model))
+    assert NCProbe(model).head.maps == probe.head.maps  # it is found without being named, too
     captured = []
-    handle = probe.head.module.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
+    handle = probe.head.maps[0].module.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
     with probe, torch.no_grad():
         logits = model(images(8))
         probe.update(torch.arange(8) % K)
     handle.remove()
     (h,) = captured
     bias = 0 if probe.head.bias is None else probe.head.bias
-    torch.testing.assert_close(h @ probe.head.weight.T + bias, logits)
+    torch.testing.assert_close((h.double() @ probe.head.weight.T + bias).float(), logits)
     if kind != "linear":
         torch.testing.assert_close(h.norm(dim=1), torch.ones(8))
-        torch.testing.assert_close(probe.head.weight.norm(dim=1), torch.full((K,), 8.0))
+        torch.testing.assert_close(probe.head.weight.norm(dim=1).float(), torch.full((K,), 8.0))
     assert math.isfinite(probe.compute().nc1)
 
 
@@ -248,6 +250,7 @@ def test_a_folded_second_stage_is_an_ordinary_timm_model(tmp_path, stage):
         torch.testing.assert_close(folded.fc.weight, torch.stack([s * w for s, w in zip(scales, weight, strict=True)]))
         torch.testing.assert_close(folded.fc.bias, torch.stack([s * b for s, b in zip(scales, bias, strict=True)]))
         assert parameters == [p for p in model.parameters() if p.requires_grad]  # the copy alone was folded
+        model(images())
     folder = tmp_path / "checkpoint"
     save_checkpoint(folded, folder, data_config=DATA_CONFIG)
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -260,7 +263,7 @@ def test_the_probe_measures_scaled_weights():
     with torch.no_grad():
         scales.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     head = NCProbe(model).head
-    torch.testing.assert_close(head.weight, fold(copy.deepcopy(model)).fc.weight)
+    torch.testing.assert_close(head.weight.float(), fold(copy.deepcopy(model)).fc.weight)
 
 
 def test_folding_what_has_no_factors_changes_nothing():
