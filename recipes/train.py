@@ -3,9 +3,10 @@
     accelerate launch recipes/train.py --output runs/digits
 
 trains a small deep equilibrium network on handwritten digits, three classes of which have ten times as many images as
-the others: two to three minutes on 2 CPU cores. `--model_args.equilibrium false` trains its explicit twin, `--imbalance
-balanced` on equally many images of each class, `--config recipes/presets/cifar10_two_group.yaml` on CIFAR-10; `--help`
-lists everything. Devices, ranks, sharding and precision are chosen by `accelerate launch` or `torchrun`.
+the others: a minute or two on 2 CPU cores. `--model_args.equilibrium false` trains its explicit twin, `--imbalance
+exponential --ratio 20` on another profile of class sizes, `--sampler class_balanced` or `--loss balanced_softmax` to
+make up for it, `--config recipes/presets/cifar10_lt.yaml` on CIFAR-10; `--help` lists everything. Devices, ranks,
+sharding and precision are chosen by `accelerate launch` or `torchrun`.
 
 The run folder holds `config.yaml` (for `--config`), `manifest.json` (which images), `metrics.jsonl` (a line per
 epoch), `checkpoint` (for `timm.create_model("local-dir:runs/digits/checkpoint", pretrained=True)`), `results.json`,
