@@ -248,7 +248,7 @@ def default_run(config: TrainConfig) -> tuple[nn.Module, Tensor, Tensor, dict[st
     manifest = build_manifest(
         split.labels,
         split.class_names,
-        profile=config.imbalance,
+        profile=config.profile,
         parameters=config.profile_parameters,
         val_fraction=config.val_fraction,
         seed=config.seed,

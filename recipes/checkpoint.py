@@ -1,40 +1,98 @@
 """Models, and what a run leaves on disk.
 
-Every file is complete or absent: it is written beside its place, then renamed into it.
+Every file and every folder is complete or absent: it is written beside its place, flushed to the disk, then renamed
+into it.
 """
 
 import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
-from torch import nn
+from torch import Tensor, nn
 
-from recipes.config import TrainConfig, nearest
+from recipes.classifiers import RowScales, fold, replace_classifier
+from recipes.config import TrainConfig, parse
+from recipes.contradictions import SCALE
+from recipes.mistakes import check, nearest
 
 
-def create_model(config: TrainConfig, num_classes: int | None) -> nn.Module:
-    """The timm model of a configuration, with as many classes as it was trained for if `num_classes` is None.
+def create_model(config: TrainConfig, num_classes: int | None) -> Any:
+    """The model of a configuration, its classifier included, with as many classes as it was trained for if
+    `num_classes` is None.
 
     Raises:
-        ValueError: an unknown name, arguments that the model does not take, or weights that cannot be had.
+        ValueError: an unknown name, arguments that the model does not take, weights that cannot be had, or a trained
+            model of other classes.
     """
-    if ":" not in config.model and not timm.is_model(config.model):
-        hint = nearest(config.model, timm.list_models())
-        raise ValueError(f"model {config.model!r} is unknown{hint}; allowed: what timm.list_models() gives")
-    try:
-        return timm.create_model(
-            config.model, pretrained=config.pretrained, num_classes=num_classes, **config.model_args
-        )
-    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+    folder = Path(config.model)
+    trained = config.stage is not None  # a classifier that is to be kept, or drawn anew at the same size
+    kept = False
+    if (folder / "config.yaml").is_file():
+        before = read_config(folder)
+        had, wanted = ((each.classifier, each.classifier_scale or SCALE) for each in (before, config))
+        kept = had == wanted
+        check(kept or before.classifier == "linear", "classifier", wanted, f"{had}, as of model {config.model!r}")
+        net, trained = load_run(folder, config.model_args), True
+    else:
+        classes = None if trained else num_classes
+        net = _timm_model(config.model, config.pretrained or trained, classes, config.model_args)
+    if trained and num_classes not in (None, net.num_classes):
         raise ValueError(
-            f"model {config.model!r} cannot be built with model_args {config.model_args}: {error}"
-        ) from error
+            f"model {config.model!r} knows {net.num_classes} classes; allowed: a model of {num_classes}, as data set "
+            f"{config.dataset!r} has"
+        )
+    if config.classifier != "linear" and not kept:
+        replace_classifier(net, config.classifier, scale=config.classifier_scale or SCALE, seed=config.seed)
+    return net
+
+
+def load_run(folder: Path, model_args: Mapping[str, Any] | None = None) -> Any:
+    """The model that a run has saved, whose last layer may be one that timm does not know.
+
+    Raises:
+        ValueError: the folder is not that of a run with a checkpoint, or arguments that the model does not take.
+    """
+    config = read_config(folder)
+    saved, plain = folder / "checkpoint", config.classifier == "linear"
+    net = _timm_model(f"local-dir:{saved}", plain, None, model_args or {})
+    if not plain:
+        replace_classifier(net, config.classifier, scale=config.classifier_scale or SCALE, seed=config.seed)
+        net.load_state_dict(load_file(saved / "model.safetensors"))
+    return net
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The settings of a run that has saved a model.
+
+    Raises:
+        ValueError: the folder is not that of such a run.
+    """
+    for part in ("config.yaml", "manifest.json", "checkpoint"):
+        if not (folder / part).exists():
+            raise ValueError(
+                f"model {str(folder)!r} has no {part}; allowed: a folder in which recipes/train.py has run"
+            )
+    return parse(["--config", str(folder / "config.yaml")])
+
+
+def _timm_model(name: str, pretrained: bool, num_classes: int | None, model_args: Mapping[str, Any]) -> Any:
+    if ":" not in name and not timm.is_model(name):
+        hint = nearest(name, timm.list_models())
+        raise ValueError(f"model {name!r} is unknown{hint}; allowed: what timm.list_models() gives")
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **model_args)
+    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+        raise ValueError(f"model {name!r} cannot be built with model_args {dict(model_args)}: {error}") from error
 
 
 def new_folder(output: str) -> Path:
@@ -48,15 +106,84 @@ def new_folder(output: str) -> Path:
     return Path(output)
 
 
+def draft_of(path: Path) -> Path:
+    """Where a file or folder is written before it is renamed."""
+    return path.with_name(f".{path.name}.draft")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write into, which becomes `folder` when the block ends well and is removed when it does not."""
+    draft = draft_of(folder)
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        publish(draft, folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def publish(draft: Path, folder: Path) -> None:
+    """Rename a folder into its place, with all that it holds on the disk before, and its name afterwards."""
+    for path in (*draft.rglob("*"), draft):
+        sync(path)
+    os.rename(draft, folder)
+    sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, which is gone at once for those who know it by its name."""
+    draft = draft_of(folder)
+    shutil.rmtree(draft, ignore_errors=True)
+    os.rename(folder, draft)
+    shutil.rmtree(draft, ignore_errors=True)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a file atomically, replacing the one that is there."""
     path = Path(path)
-    draft = path.with_name(f".{path.name}.draft")
+    draft = draft_of(path)
     with draft.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file. It may be cut short, or be there too early: a run that is resumed writes the file anew."""
+    with path.open("a") as file:
+        file.write(line + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the disk is full, or something else is wrong with it.
+    """
+    with disk_errors(path):
+        save_file(dict(tensors), path)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """What safetensors says about a disk, as the OSError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -78,7 +205,7 @@ def save_checkpoint(
     """Write a model so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives it back.
 
     A second call replaces the first's files. As only the weights change within a run, and a rename is atomic, the
-    folder can be read at any moment.
+    folder can be read at any moment. The factors of learnable weight scaling are folded in.
 
     Args:
         model: a timm model.
@@ -87,21 +214,24 @@ def save_checkpoint(
         class_names: names of the classes, stored with the model.
     """
     folder = Path(folder)
-    draft = folder.with_name(f".{folder.name}.draft")
+    draft = draft_of(folder)
     shutil.rmtree(draft, ignore_errors=True)
+    if any(isinstance(module, RowScales) for module in model.modules()):
+        model = fold(deepcopy(model))
     model_config = {"label_names": list(class_names)} if class_names is not None else None
-    save_for_hf(model, str(draft), model_config=model_config, safe_serialization=True, data_config=data_config)
-    # timm stores num_classes at the root, and as an argument of the model too, which transformers' TimmWrapper then
-    # gets twice.
-    config = json.loads((draft / "config.json").read_text())
-    config.get("model_args", {}).pop("num_classes", None)
-    write_text(draft / "config.json", json.dumps(config, indent=2))
-    for path in draft.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    if not folder.exists():
-        os.rename(draft, folder)
-        return
-    for name in ("config.json", "model.safetensors"):
-        os.replace(draft / name, folder / name)
-    shutil.rmtree(draft)
+    try:
+        with disk_errors(folder):
+            save_for_hf(model, str(draft), model_config=model_config, safe_serialization=True, data_config=data_config)
+        # timm stores num_classes at the root, and as an argument of the model too, which transformers' TimmWrapper then
+        # gets twice.
+        config = json.loads((draft / "config.json").read_text())
+        config.get("model_args", {}).pop("num_classes", None)
+        write_text(draft / "config.json", json.dumps(config, indent=2))
+        if not folder.exists():
+            return publish(draft, folder)
+        for name in ("config.json", "model.safetensors"):
+            sync(draft / name)
+            os.replace(draft / name, folder / name)
+        sync(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

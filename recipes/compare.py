@@ -4,7 +4,8 @@
 
 reads run folders that recipes/train.py has finished, puts those together that differ by nothing but their seed, and
 prints a Markdown table: mean ± standard deviation (of the sample) of test accuracy in %, NC1 to NC4 on the training
-images, and evaluations per image. Takes a second.
+images, and evaluations per image; with `--ci`, mean ± half of the 95 % confidence interval of the mean (Student's t).
+Takes a second.
 """
 
 import json
@@ -21,11 +22,14 @@ NOT_SETTINGS = ("seed", "output")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    folders = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    folders = [word for word in words if word != "--ci"]
     try:
+        if unknown := [word for word in folders if word.startswith("--")]:
+            raise ValueError(f"{unknown[0]} is unknown; allowed: --ci, and run folders")
         if not folders:
             raise ValueError("no run folder given; allowed: one or more that recipes/train.py has finished")
-        print(table([read_run(folder) for folder in folders]))
+        print(table([read_run(folder) for folder in folders], interval="--ci" in words))
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -45,8 +49,9 @@ def read_run(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return yaml.safe_load(config.read_text()), json.loads(results.read_text())
 
 
-def table(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
-    """A Markdown table with a row for each distinct setting, in the order in which they are given."""
+def table(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]], *, interval: bool = False) -> str:
+    """A Markdown table with a row for each distinct setting, in the order in which they are given; what stands behind ±
+    is `interval_of` instead of the standard deviation, if asked for."""
     groups: dict[str, list[dict[str, Any]]] = {}
     settings: dict[str, dict[str, Any]] = {}
     for config, results in runs:
@@ -59,7 +64,8 @@ def table(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
     columns = list(dict.fromkeys(column for rows in measured.values() for row in rows for column in row))
     lines = ["| " + " | ".join(["settings", "runs", *columns]) + " |", "|---" * (len(columns) + 2) + "|"]
     for key, name in zip(groups, names, strict=True):
-        cells = [spread([row.get(column, math.nan) for row in measured[key]]) for column in columns]
+        values = [[row.get(column, math.nan) for row in measured[key]] for column in columns]
+        cells = [spread(each, interval=interval) for each in values]
         lines.append("| " + " | ".join([name, str(len(groups[key])), *cells]) + " |")
     return "\n".join(lines)
 
@@ -86,13 +92,25 @@ def measurements(results: Mapping[str, Any]) -> dict[str, float]:
     return row
 
 
-def spread(values: Sequence[float]) -> str:
-    """`mean ± standard deviation`, or the value alone, or `-` where there is none."""
+def interval_of(values: Sequence[float]) -> float:
+    """Half of the 95 % confidence interval of the mean of a normal distribution: t s / sqrt(n), where t is the 97.5 %
+    quantile of Student's distribution with n - 1 degrees of freedom, for n values of standard deviation s, 2 or more.
+
+    Source: Student, "The probable error of a mean", Biometrika 1908.
+    """
+    from scipy.stats import t  # takes a second to import
+
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def spread(values: Sequence[float], *, interval: bool = False) -> str:
+    """`mean ± standard deviation`, or `± interval_of` if asked for; the value alone, or `-` where there is none."""
     known = [value for value in values if math.isfinite(value)]
     if not known:
         return "-"
     mean = f"{statistics.mean(known):.3g}" if abs(known[0]) < 10 else f"{statistics.mean(known):.1f}"
-    return f"{mean} ± {statistics.stdev(known):.2g}" if len(known) > 1 else mean
+    width = interval_of if interval else statistics.stdev
+    return f"{mean} ± {width(known):.2g}" if len(known) > 1 else mean
 
 
 if __name__ == "__main__":

@@ -6,10 +6,7 @@ decodes one; classes are read at once and checked.
 """
 
 import hashlib
-import os
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
 
-# Below this many images, starting workers takes longer than they save.
-_SMALL = 5000
+from recipes.augment import Cutout, seeded
+from recipes.digits import digits
+from recipes.workers import ImageLoader
 
 
 class CorruptImageError(ValueError):
@@ -70,46 +68,30 @@ class ImageSplit:
         return hashlib.sha256(names + b"\0\0" + self.labels.astype("<i8").tobytes()).hexdigest()
 
 
-def digits() -> dict[str, datasets.Dataset]:
-    """Scikit-learn's handwritten digits: 1797 real images of 8 x 8 pixels, 10 classes; every third image of a class
-    is for testing.
-
-    Source: Alpaydin & Kaynak, "Optical recognition of handwritten digits", UCI Machine Learning Repository, 1998.
-    """
-    from sklearn.datasets import load_digits  # takes a second to import, and other data sets do not need it
-
-    pixels, labels = load_digits(return_X_y=True)
-    pixels = np.round(np.asarray(pixels).reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # stored as 0..16
-    labels = np.asarray(labels)
-    rank_in_class = np.zeros(len(labels), dtype=int)
-    for k in range(10):
-        rank_in_class[labels == k] = np.arange((labels == k).sum())
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(k) for k in range(10)]))
-    splits = {}
-    for name, rows in (("train", rank_in_class % 3 != 2), ("test", rank_in_class % 3 == 2)):
-        content = {"image": [Image.fromarray(x) for x in pixels[rows]], "label": labels[rows].tolist()}
-        splits[name] = datasets.Dataset.from_dict(content, features=features)
-    return splits
-
-
 def open_dataset(name: str, config: str | None = None, revision: str | None = None) -> Mapping[str, datasets.Dataset]:
     """The splits of a data set.
 
     Args:
         name: 'digits', a folder, or a Hub data set id.
-        config: configuration name of a Hub data set.
+        config: configuration name of a Hub data set, or of a folder whose README.md has some.
         revision: commit, tag or branch of a Hub data set.
 
     Raises:
-        ValueError: there is no such data set, or it cannot be read without running its code.
+        ValueError: there is no such data set, it cannot be read without running its code, or it has no configurations
+            or revisions and one is given.
     """
+    folder = Path(name)
+    saved = (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
+    local = name == "digits" or folder.is_dir()
+    for flag, value, pointless in (("config", config, name == "digits" or saved), ("revision", revision, local)):
+        if value is not None and pointless:
+            raise ValueError(f"dataset_{flag} is {value!r}; allowed: none for dataset {name!r}, which has no {flag}s")
     if name == "digits":
         return digits()
-    folder = Path(name)
     if not folder.is_dir() and (folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise ValueError(f"dataset {name!r} is not a folder; allowed: 'digits', a folder, or a Hub data set id")
     try:
-        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        if saved:
             opened = datasets.load_from_disk(name)
         else:
             opened = datasets.load_dataset(name, config, revision=revision)
@@ -227,6 +209,7 @@ def train_transform(
     color_jitter: float = 0.0,
     auto_augment: str | None = None,
     re_prob: float = 0.0,
+    cutout: int = 0,
 ) -> Any:
     """PIL image to randomly augmented, normalised tensor (C, H, W), by timm's transforms.
 
@@ -250,7 +233,7 @@ def train_transform(
         frame = eval_transform(data_config).transforms[:-2]  # all but the conversion to a tensor and its normalisation
         if crop_pad:
             frame.append(transforms.RandomCrop(data_config["input_size"][-2:], padding=crop_pad))
-    return transforms.Compose([*frame, *primary[1:], *secondary, *final])
+    return transforms.Compose([*frame, *primary[1:], *secondary, *final, *([Cutout(cutout)] if cutout else [])])
 
 
 class ImageView(Dataset[tuple[torch.Tensor, int]]):
@@ -281,50 +264,28 @@ class ImageView(Dataset[tuple[torch.Tensor, int]]):
         image = self.split.read(int(self.indices[position]), self.mode)
         if draw is None:
             return self.transform(image), int(self.labels[position])
-        with _seeded(self.seed, draw):
+        with seeded(self.seed, draw):
             return self.transform(image), int(self.labels[position])
 
 
-@contextmanager
-def _seeded(*entropy: int) -> Iterator[None]:
-    """Seed the three generators that transforms draw from, and put their states back afterwards."""
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.default_generator.set_state(states[2])
-
-
-def train_loader(view: ImageView, sampler: Sampler, *, workers: int | None, pin_memory: bool = False) -> DataLoader:
+def train_loader(view: ImageView, sampler: Sampler, *, workers: int | None, pin_memory: bool = False) -> ImageLoader:
     """Batches (images (B, C, H, W), labels (B,)) of one rank in the order of its sampler."""
-    workers = _choose_workers(workers, len(view))
-    return DataLoader(
-        view, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory
-    )
+    return ImageLoader(view, sampler, workers=workers, pin_memory=pin_memory, persistent=True)
 
 
-def eval_loader(
-    view: ImageView, *, batch_size: int, rank: int, world: int, workers: int | None, pin_memory: bool = False
-) -> DataLoader:
-    """Every image once over all ranks: rank r takes batches r, r + world, ... of batches that do not depend on `world`.
+def eval_batches(images: int, *, batch_size: int, rank: int, world: int) -> list[range]:
+    """Positions of every image once over all ranks: rank r takes batches r, r + world, ... of batches that do not
+    depend on `world`.
 
     So an image has the same batch mates, hence bit-equal features, on any number of ranks, and none is repeated to
     fill up a batch.
     """
-    batches = [list(range(start, min(start + batch_size, len(view)))) for start in range(0, len(view), batch_size)]
-    return DataLoader(
-        view, batch_sampler=batches[rank::world], num_workers=_choose_workers(workers, len(view)), pin_memory=pin_memory
-    )
+    return [range(start, min(start + batch_size, images)) for start in range(0, images, batch_size)][rank::world]
 
 
-def _choose_workers(workers: int | None, images: int) -> int:
-    if workers is not None:
-        return workers
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 0 if images < _SMALL else max(1, min(8, (os.cpu_count() or 1) // ranks_here))
+def eval_loader(
+    view: ImageView, *, batch_size: int, rank: int, world: int, workers: int | None, pin_memory: bool = False
+) -> ImageLoader:
+    """Batches (images (B, C, H, W), labels (B,)) of one rank, as `eval_batches` deals them out."""
+    batches = eval_batches(len(view), batch_size=batch_size, rank=rank, world=world)
+    return ImageLoader(view, batches, workers=workers, pin_memory=pin_memory, persistent=False)

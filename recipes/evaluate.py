@@ -7,46 +7,41 @@ when the solver may evaluate the cell that many times. It takes half a minute on
 any model of timm and any image data set will do: `resnet50 --pretrained --dataset ORG/NAME --split validation`;
 `--help` lists everything. Devices, ranks and precision are chosen by `accelerate launch` or `torchrun`.
 
-The output folder holds `results.json` and, for a model that solves, `anytime.png`. A mistake ends the run with one
+The output folder holds `results.json`, `confusion.png`, `reliability.png` (both at the largest budget) and, for a model
+that solves, `anytime.png`. A mistake ends the run with one
 line; `python -X dev` shows where it was found.
 """
 
 import argparse
-import importlib.metadata
 import math
-import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 from matplotlib.figure import Figure
 from timm.data.model_config import resolve_input_data_config
-from torch import Tensor, nn
 
-from nc_probe import NCProbe
-from recipes.checkpoint import create_model, new_folder, to_json, write_text
-from recipes.config import TrainConfig, parse
-from recipes.data import (
-    CorruptImageError,
-    ImageSplit,
-    ImageView,
-    eval_loader,
-    eval_transform,
-    load_splits,
-    open_dataset,
-)
-from recipes.figures import anytime_figure
-from recipes.longtail import Groups, Manifest
-from timm_deq import Equilibrium, NonFiniteInputError, SolveLog, set_solver
+from recipes.accuracy import accuracies, evaluate, recalls
+from recipes.calibration import calibration_errors
+from recipes.checkpoint import create_model, load_run, new_folder, read_config, to_json, whole_folder, write_text
+from recipes.classifiers import tau_normalise
+from recipes.config import TrainConfig
+from recipes.contradictions import correction
+from recipes.data import ImageSplit, ImageView, eval_loader, eval_transform, load_splits, open_dataset
+from recipes.faults import exit_code
+from recipes.figures import anytime_figure, confusion_figure, reliability_figure
+from recipes.longtail import Manifest
+from recipes.mistakes import check
+from recipes.outcome import environment
+from recipes.priors import adjust_logits
+from timm_deq import Equilibrium, set_solver
 
 IMAGE_FLAGS: dict[str, tuple[type, str]] = {
     "dataset": (str, "'digits' (embedded), a folder, or a Hub dataset id"),
@@ -89,6 +84,8 @@ def read_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--max-steps", type=int, nargs="+", metavar="N", help="budgets of evaluations; the model's own if not given")
     flag("--tol", type=float, help="relative residual at which a solve ends; the model's own if not given")
     flag("--no-gather", action="store_true", help="evaluate each batch until its last image has finished")
+    flag("--adjust-tau", type=float, metavar="TAU", help="subtract TAU log(share of the class) from logits; say 1")
+    flag("--tau-normalise", type=float, metavar="TAU", help="divide class vectors by length^TAU, 0 to 1")
     flag("--output", help="folder to create; one that exists is never touched")
     images = parser.add_argument_group("images", "for a run folder those of the run, else as in recipes/train.py")
     for name, (kind, text) in IMAGE_FLAGS.items():
@@ -100,14 +97,19 @@ def run(args: argparse.Namespace) -> None:
     """One evaluation, from the model and the data set to the table and the output folder."""
     started = time.perf_counter()
     folder = None if args.output is None else new_folder(args.output)
-    config, groups = settings(args)
+    config, manifest = settings(args)
+    groups = {} if manifest is None else manifest.groups
     accelerator = Accelerator()
     with accelerator.main_process_first():
         images = open_split(config, args.split)
     num_classes = len(images.class_names)
 
     set_seed(config.seed)  # random weights are the same on every rank
-    net: Any = create_model(config, None if config.pretrained else num_classes).to(accelerator.device)
+    if manifest is not None:
+        net: Any = load_run(Path(args.model))
+    else:
+        net = create_model(config, None if config.pretrained else num_classes)
+    net.to(accelerator.device)
     if net.num_classes != num_classes:
         raise ValueError(
             f"model {args.model!r} knows {net.num_classes} classes; allowed: a model of {num_classes}, "
@@ -120,6 +122,11 @@ def run(args: argparse.Namespace) -> None:
 
     for layer in layers:
         layer.gather = not args.no_gather
+    if args.tau_normalise is not None:
+        tau_normalise(net, args.tau_normalise)
+    adjust = None
+    if args.adjust_tau is not None and manifest is not None:
+        adjust = partial(adjust_logits, counts=manifest.counts, tau=args.adjust_tau)
 
     data_config = resolve_input_data_config(net, config.only("img_size"))
     channels = data_config["input_size"][0]
@@ -137,10 +144,12 @@ def run(args: argparse.Namespace) -> None:
             set_solver(net, max_steps=budget, tol=args.tol)
         budget = max((layer.solver.max_steps for layer in layers), default=None)
         batches = tqdm(loader, desc=f"max_steps {budget}" if layers else None, unit="batch", leave=False)
-        confusion, solver, _ = evaluate(net, batches, accelerator, num_classes)
+        confusion, solver, _, bins = evaluate(net, batches, accelerator, num_classes, adjust=adjust)
         accuracy = accuracies(confusion, groups)
         per_class = dict(zip(images.class_names, recalls(confusion).tolist(), strict=True))
-        points.append({"max_steps": budget, "accuracy": accuracy, "per_class": per_class, "solver": solver})
+        calibration = calibration_errors(bins, groups)
+        point = {"accuracy": accuracy, "per_class": per_class, "calibration_error": calibration, "solver": solver}
+        points.append({"max_steps": budget, **point})
 
     if accelerator.is_main_process:
         print(table(points))
@@ -149,6 +158,8 @@ def run(args: argparse.Namespace) -> None:
                 "model": args.model,
                 "dataset": config.dataset,
                 "split": args.split,
+                "adjust_tau": args.adjust_tau,
+                "tau_normalise": args.tau_normalise,
                 "images": int(confusion.sum()),
                 "tol": max((layer.solver.tol for layer in layers), default=None),
                 "points": points,
@@ -156,7 +167,13 @@ def run(args: argparse.Namespace) -> None:
                 **environment(accelerator),
             }
             title = f"{net.pretrained_cfg['architecture']} on {config.dataset}, split {args.split}"
-            save(folder, results, anytime_figure(points, title=title) if layers else None)
+            figures = {
+                "confusion": confusion_figure(confusion, images.class_names, title=title),
+                "reliability": reliability_figure(bins, title=title),
+            }
+            if layers:
+                figures["anytime"] = anytime_figure(points, title=title)
+            save(folder, results, figures)
     accelerator.end_training()
 
 
@@ -172,8 +189,8 @@ def table(points: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows))
 
 
-def settings(args: argparse.Namespace) -> tuple[TrainConfig, Groups]:
-    """The settings of the model and its images, checked as those of training are, and the groups of a run's classes.
+def settings(args: argparse.Namespace) -> tuple[TrainConfig, Manifest | None]:
+    """The settings of the model and its images, checked as those of training are, and the manifest of a run.
 
     Raises:
         ValueError: a setting out of its range, or a folder that is not that of a run with a checkpoint.
@@ -181,14 +198,13 @@ def settings(args: argparse.Namespace) -> tuple[TrainConfig, Groups]:
     given = {name: value for name, value in vars(args).items() if name in IMAGE_FLAGS}
     folder = Path(args.model)
     if not folder.is_dir():
+        check(args.adjust_tau is None, "adjust_tau", args.adjust_tau, "not given without a run, which has counts")
         pretrained = args.pretrained or ":" in args.model
-        return TrainConfig(output=".", model=args.model, pretrained=pretrained, **given), {}
-    for part in ("config.yaml", "manifest.json", "checkpoint"):
-        if not (folder / part).exists():
-            raise ValueError(f"model {args.model!r} has no {part}; allowed: a folder in which recipes/train.py has run")
-    config = parse(["--config", str(folder / "config.yaml")])
-    config = replace(config, model=f"local-dir:{folder / 'checkpoint'}", model_args={}, pretrained=True, **given)
-    return config, Manifest.load(folder / "manifest.json").groups
+        return TrainConfig(output=".", model=args.model, pretrained=pretrained, **given), None
+    config = read_config(folder)
+    if args.adjust_tau is not None and (corrected := correction(config)):
+        raise ValueError(f"adjust_tau is {args.adjust_tau}; allowed: not given, as {corrected} has corrected already")
+    return replace(config, model=args.model, **given), Manifest.load(folder / "manifest.json")
 
 
 def open_split(config: TrainConfig, name: str) -> ImageSplit:
@@ -206,98 +222,12 @@ def open_split(config: TrainConfig, name: str) -> ImageSplit:
     return load_splits(pair, train_split="classes", test_split=name, **columns)[1]
 
 
-def save(folder: Path, results: Mapping[str, Any], figure: Figure | None) -> None:
-    """Write `results.json` and `anytime.png`; the folder is complete or absent."""
-    draft = folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    write_text(draft / "results.json", to_json(results, indent=2))
-    if figure is not None:
-        figure.savefig(draft / "anytime.png", dpi=150)
-    os.rename(draft, folder)
-
-
-def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """What numbers and times were measured with."""
-    return {
-        "device": str(accelerator.device),
-        "ranks": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "accelerate", "datasets")},
-    }
-
-
-def exit_code(work: Callable[[], None]) -> int:
-    """Do the work of a script, and give its exit code; what the user can mend is told in one line."""
-    try:
-        work()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if sys.flags.dev_mode:
-            raise
-        # All ranks find the same fault, but for those of an image, which only the rank that has it sees.
-        if int(os.environ.get("RANK", "0")) and not isinstance(error, (CorruptImageError, NonFiniteInputError)):
-            time.sleep(10)  # a rank that leaves ends the others, and the main one has yet to speak
-        else:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
-    """The sum of every rank's tensor, on every rank."""
-    total = accelerator.reduce(value, "sum")
-    assert isinstance(total, Tensor)
-    return total
-
-
-@torch.no_grad()
-def evaluate(
-    net: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    accelerator: Accelerator,
-    num_classes: int,
-    probe: NCProbe | None = None,
-) -> tuple[np.ndarray, dict[str, float], SolveLog]:
-    """Pass over the images of all ranks in evaluation mode, with the probe attached if one is given.
-
-    Returns:
-        Confusion matrix (K, K) of counts [class, prediction] and means over images of what the solver did (empty for
-        an explicit model), both over all ranks; and the log of this rank's solves.
-    """
-    net.eval()
-    confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=accelerator.device)
-    with SolveLog(net) as log, probe or nullcontext():
-        for images, labels in loader:
-            with accelerator.autocast():
-                logits = net(images.to(accelerator.device, non_blocking=True))
-            if probe is not None:
-                probe.update(labels)
-            cell = labels.to(accelerator.device, non_blocking=True) * num_classes + logits.argmax(1)
-            confusion += torch.bincount(cell, minlength=num_classes**2)
-    confusion = sum_over_ranks(accelerator, confusion).view(num_classes, num_classes).cpu().numpy()
-    keys = ("mean_steps", "mean_evaluations", "mean_residual", "converged", "nonfinite")
-    summary = log.summary()
-    means = [1.0, *(summary.get(key, 0.0) for key in keys)]
-    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # which MPS lacks
-    mine = torch.tensor(means, dtype=dtype, device=accelerator.device) * summary.get("samples", 0)
-    samples, *sums = sum_over_ranks(accelerator, mine).tolist()
-    return confusion, {key: value / samples for key, value in zip(keys, sums, strict=True)} if samples else {}, log
-
-
-def recalls(confusion: np.ndarray) -> np.ndarray:
-    """Accuracy of each class, (K,); NaN for a class without images."""
-    total = confusion.sum(1)
-    return np.divide(np.diag(confusion), total, out=np.full(len(total), np.nan), where=total > 0)
-
-
-def accuracies(confusion: np.ndarray, groups: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """Accuracy over all images, and over those of each group; NaN for a group without images."""
-    correct, total = np.diag(confusion), confusion.sum(1)
-    members = {"overall": range(len(confusion)), **groups}
-    return {
-        name: float(correct[list(classes)].sum() / images) if (images := total[list(classes)].sum()) else math.nan
-        for name, classes in members.items()
-    }
+def save(folder: Path, results: Mapping[str, Any], figures: Mapping[str, Figure]) -> None:
+    """Write `results.json` and the figures; the folder is complete or absent."""
+    with whole_folder(folder) as draft:
+        write_text(draft / "results.json", to_json(results, indent=2))
+        for name, figure in figures.items():
+            figure.savefig(draft / f"{name}.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from nc_probe import CollapseReport
 from nc_probe.plots import plot_grams
+from recipes.calibration import calibration_error
 from timm_deq import SolveLog, Status
 
 # Okabe & Ito (2008): told apart by readers of any colour vision.
 COLORS = {"overall": "#000000", "majority": "#0072B2", "minority": "#D55E00"}
 _CLASS_COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #F0E442 #000000 #999999 #882255".split()
+COLORS |= {"many": "#0072B2", "medium": "#009E73", "few": "#D55E00"}
 _STYLE: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
 _FLOOR = 1e-16  # where a residual of 0 is drawn on a logarithmic axis
 
@@ -36,9 +38,9 @@ def save_figures(
     class_names: Sequence[str],
     title: str,
 ) -> None:
-    """Write the pictures of a run into a new folder: training.png, gram.png and, for a model that solves,
-    residual.png and steps.png."""
-    folder.mkdir()
+    """Write the pictures of a run into a folder: training.png, gram.png and, for a model that solves, residual.png and
+    steps.png."""
+    folder.mkdir(exist_ok=True)
     training_figure(records, title=title).savefig(folder / "training.png", dpi=150)
     gram = plot_grams(report, class_names=class_names, title=f"{title}: cosines between classes")
     gram.savefig(folder / "gram.png", dpi=150)
@@ -176,6 +178,69 @@ def anytime_figure(points: Sequence[Mapping[str, Any]], *, title: str) -> Figure
     axes.set_xticks(budgets, labels=[str(budget) for budget in budgets])
     axes.set_xlabel("evaluations of f, at most")
     axes.set_ylim(0, 102)
+    return figure
+
+
+def confusion_figure(confusion: np.ndarray, class_names: Sequence[str], *, title: str) -> Figure:
+    """How the images of each class are classified, in % of the class.
+
+    Args:
+        confusion: counts [class, prediction], (K, K); a class without images has an empty row.
+        class_names: K names, which stand at the axes up to K = 25; beyond, class numbers do here and there.
+        title: above the picture.
+    """
+    total = confusion.sum(1, keepdims=True)
+    share = np.divide(100 * confusion, total, out=np.full(confusion.shape, np.nan), where=total > 0)
+    K = len(confusion)
+    size = float(np.clip(0.55 * K, 5, 9))
+    figure = Figure(figsize=(size + 1.2, size), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    figure.colorbar(picture, ax=axes, label="% of the class", shrink=0.8)
+    if K <= 25:
+        names = [name if len(name) <= 12 else f"{name[:11]}…" for name in class_names]
+        axes.set_xticks(range(K), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=9)
+        axes.set_yticks(range(K), names, fontsize=9)
+    else:
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(10, integer=True))
+    if K <= 15:
+        for i, j in np.ndindex(K, K):
+            if confusion[i, j]:
+                color = "white" if share[i, j] > 50 else "black"
+                axes.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=8, color=color)
+    axes.set_xlabel("prediction")
+    axes.set_ylabel("class")
+    axes.set_title(title, fontsize=10.5, loc="left")
+    return figure
+
+
+def reliability_figure(bins: np.ndarray, *, title: str) -> Figure:
+    """Accuracy against confidence, with the part of the images in each bin beside it.
+
+    Args:
+        bins: table of `recipes.calibration`, (K, M, 3).
+        title: above the picture.
+    """
+    images, right, confidence = bins.sum(0).T
+    edges = np.linspace(0, 1, len(images) + 1)
+    known, error = images > 0, calibration_error(bins)
+    figure = Figure(figsize=(5.5, 5.8), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    accuracy = np.divide(right, images, out=np.zeros(len(images)), where=known)
+    upper.bar(edges[:-1], accuracy, np.diff(edges), align="edge", color=COLORS["majority"], alpha=0.6, label="accuracy")
+    upper.plot(
+        confidence[known] / images[known], accuracy[known], "o", color=COLORS["minority"], label="mean confidence"
+    )
+    upper.plot([0, 1], [0, 1], "--", color=COLORS["overall"], linewidth=1, label="calibrated")
+    lower.bar(
+        edges[:-1], images / max(images.sum(), 1), np.diff(edges), align="edge", color=COLORS["majority"], alpha=0.6
+    )
+    _finish(upper, f"{title}: ECE {error:.3f}", "accuracy")
+    _finish(lower, "", "part of images")
+    lower.set_xlabel("confidence")
+    lower.set_xticks(np.linspace(0, 1, 6))
+    upper.set_xlim(0, 1)
     return figure
 
 

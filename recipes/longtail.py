@@ -1,24 +1,21 @@
 """Imbalanced training sets, cut from a data set by index.
 
-With n_A the size of the smallest class and K_A of the K classes in the majority, the two-group profile of the
-layer-peeled model keeps n_A images of each majority class and n_B = n_A // R of each minority class, R >= 1 being the
-imbalance ratio. A `Manifest` records the images chosen, so that a run can be repeated, checked and compared.
-
-Source: Fang, He, Long & Su, "Exploring deep neural networks via layer-peeled model: Minority collapse in imbalanced
-training", PNAS 2021 (arXiv 2101.12699).
+Validation images are carved out first; of what is left, a profile of recipes/profiles.py says how many images of each
+class to keep. A `Manifest` records the images chosen, so that a run can be repeated, checked and compared.
 """
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-Groups = dict[str, list[int]]
+from recipes.config import TrainConfig
+from recipes.data import ImageSplit
+from recipes.profiles import PROFILES, Groups, groups_of, rank_classes
 
 # One random stream per purpose and class, so that one choice never moves another.
 _VALIDATION, _SUBSET = 1, 2
@@ -55,67 +52,58 @@ class Manifest:
         """Read a manifest back.
 
         Raises:
-            ValueError: the file was changed since it was written.
+            ValueError: there is no such file, it is not a manifest, or it was changed since it was written.
         """
-        content = json.loads(Path(path).read_text())
+        name = f"manifest {str(path)!r}"
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read: {error.strerror}; allowed: a manifest.json of a run") from None
+        except ValueError as error:  # not JSON, or not even text
+            raise ValueError(f"{name} is not JSON: {error}; allowed: a manifest.json of a run") from None
+        keys = [*(field.name for field in fields(cls)), "sha256"]
+        if not isinstance(content, dict) or content.keys() != set(keys):
+            found = ", ".join(sorted(content)) if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"{name} holds {found or 'nothing'}; allowed: {', '.join(keys)}")
         expected = content.pop("sha256")
         manifest = cls(**content)
         if manifest.sha256 != expected:
-            raise ValueError(
-                f"manifest {str(path)!r} has sha256 {manifest.sha256}, but says {expected}: it was changed"
-            )
+            raise ValueError(f"{name} has sha256 {manifest.sha256}, but says {expected}: it was changed")
         return manifest
 
+    def check(
+        self, *, fingerprint: str | None = None, num_images: int | None = None, labels: np.ndarray | None = None
+    ) -> None:
+        """Make sure that the manifest is about this data set, as far as the data set is given.
 
-def balanced(sizes: np.ndarray) -> tuple[np.ndarray, Groups]:
-    """As many images of every class as the smallest class has.
+        Args:
+            fingerprint: identity of the train split.
+            num_images: N, the images of the train split; the number of labels if these are given instead.
+            labels: classes of the train split, (N,).
 
-    Args:
-        sizes: images at hand per class, (K,).
-
-    Returns:
-        Images to keep per class (K,), and no groups.
-    """
-    return np.full_like(sizes, sizes.min()), {}
-
-
-def two_group(sizes: np.ndarray, *, majority: int | list[int], ratio: float) -> tuple[np.ndarray, Groups]:
-    """n_A images of each majority class, n_A // R of each minority class.
-
-    Args:
-        sizes: images at hand per class, (K,).
-        majority: K_A, meaning the first K_A classes, or the majority classes themselves.
-        ratio: R = n_A / n_B, at least 1.
-
-    Returns:
-        Images to keep per class (K,), and the classes of the groups 'majority' and 'minority'.
-
-    Raises:
-        ValueError: K_A outside 0..K, a class outside 0..K-1 or given twice, R below 1, R so large that a minority
-            class is empty.
-    """
-    num_classes, largest = len(sizes), int(sizes.min())
-    if isinstance(majority, int):
-        if not 0 <= majority <= num_classes:
-            raise ValueError(f"majority (K_A) is {majority}; allowed: 0 to {num_classes}, the number of classes")
-        majority = list(range(majority))
-    if len(set(majority)) < len(majority) or not set(majority) <= set(range(num_classes)):
-        raise ValueError(f"majority is {majority}; allowed: different classes out of 0 to {num_classes - 1}")
-    if not (math.isfinite(ratio) and ratio >= 1):
-        raise ValueError(f"ratio (R) is {ratio:g}; allowed: 1 or more")
-    minority = [k for k in range(num_classes) if k not in set(majority)]
-    smallest = int(largest // ratio)
-    if minority and smallest < 1:
-        raise ValueError(
-            f"ratio (R) is {ratio:g}, which leaves a minority class empty; allowed: 1 to {largest}, "
-            "the size of a majority class"
-        )
-    counts = np.full(num_classes, largest)
-    counts[minority] = smallest
-    return counts, {"majority": sorted(majority), "minority": minority}
-
-
-PROFILES: dict[str, Callable[..., tuple[np.ndarray, Groups]]] = {"balanced": balanced, "two_group": two_group}
+        Raises:
+            ValueError: another data set, an image that is not there or is listed twice, or classes that are not those
+                counted.
+        """
+        if fingerprint is not None and fingerprint != self.fingerprint:
+            raise ValueError(f"the manifest is of data set {self.fingerprint}; allowed: {fingerprint}, this one")
+        listed = np.sort(np.array([*self.indices, *self.validation], dtype=np.int64))
+        if (twice := listed[1:][listed[1:] == listed[:-1]]).size:
+            raise ValueError(f"the manifest lists image {twice[0]} twice; allowed: once, to train or to validate on")
+        if num_images is None:
+            num_images = None if labels is None else len(labels)
+        if num_images is not None and listed.size and not 0 <= listed[0] <= listed[-1] < num_images:
+            outside = listed[-1] if listed[0] >= 0 else listed[0]
+            raise ValueError(f"the manifest lists image {outside}; allowed: 0 to {num_images - 1}")
+        if labels is None:
+            return
+        trained = labels[np.array(self.indices, dtype=np.int64)]
+        counts = np.bincount(trained, minlength=len(self.counts)).tolist()
+        if len(counts) > len(self.counts):
+            raise ValueError(f"the manifest counts {len(self.counts)} classes; allowed: {len(counts)}, as labels have")
+        for k, (said, found) in enumerate(zip(self.counts, counts, strict=True)):
+            if said != found:
+                raise ValueError(f"the manifest counts {said} images of class {k}; allowed: {found}, by their labels")
 
 
 def carve_validation(
@@ -172,17 +160,23 @@ def build_manifest(
     val_fraction: float,
     seed: int,
     fingerprint: str,
+    grouping: str | None = None,
+    bounds: tuple[float, float] | None = None,
 ) -> Manifest:
     """Carve the validation images, then apply an imbalance profile to what is left.
 
     Args:
         labels: classes of the train split, (N,), each in 0..K-1.
         class_names: names of the K classes.
-        profile: a key of `PROFILES`, with its keyword arguments in `parameters`.
+        profile: a key of `PROFILES`, with its keyword arguments in `parameters`, of which `class_order` may also be
+            'given' or 'random', which the seed decides.
+        grouping: rule of `groups_of`, with its `bounds`; the groups of the profile if not given.
 
     Raises:
         ValueError: a class without a training image, or parameters that the profile does not allow.
     """
+    if profile not in PROFILES:
+        raise ValueError(f"profile is {profile!r}; allowed: {', '.join(PROFILES)}")
     num_classes = len(class_names)
     pool, validation = carve_validation(labels, num_classes, fraction=val_fraction, seed=seed)
     sizes = np.bincount(labels[pool], minlength=num_classes)
@@ -191,14 +185,42 @@ def build_manifest(
         raise ValueError(
             f"class {k} ({class_names[k]!r}) has no image in the train split; allowed: 1 or more of every class"
         )
-    counts, groups = PROFILES[profile](sizes, **parameters)
+    arguments = dict(parameters)
+    if "class_order" in arguments:
+        arguments["class_order"] = rank_classes(arguments["class_order"], num_classes, seed=seed)
+    counts, groups = PROFILES[profile](sizes, **arguments)
     return Manifest(
         profile=profile,
         parameters=dict(parameters),
         seed=seed,
         fingerprint=fingerprint,
         counts=counts.tolist(),
-        groups=groups,
+        groups=groups if grouping is None else groups_of(counts, grouping, bounds),
         indices=subsample(labels, pool, counts, seed=seed).tolist(),
         validation=validation.tolist(),
     )
+
+
+def choose_images(config: TrainConfig, split: ImageSplit) -> Manifest:
+    """The images of a run: those of the manifest given, or those that an imbalance profile chooses.
+
+    Raises:
+        ValueError: a manifest of another data set, parameters that the profile does not allow, or no validation images
+            to select by.
+    """
+    if config.manifest is not None:
+        manifest = Manifest.load(config.manifest)
+        manifest.check(fingerprint=split.fingerprint, labels=split.labels)
+    else:
+        manifest = build_manifest(
+            split.labels,
+            split.class_names,
+            profile=config.profile,
+            parameters=config.profile_parameters,
+            fingerprint=split.fingerprint,
+            bounds=None if config.bounds is None else (config.bounds[0], config.bounds[1]),
+            **config.only("val_fraction", "seed", "grouping"),
+        )
+    if config.select == "best" and not manifest.validation:
+        raise ValueError("select is 'best' without a validation image; allowed: 'last'")
+    return manifest

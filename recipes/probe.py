@@ -14,8 +14,6 @@ shows where it was found.
 """
 
 import argparse
-import os
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,12 +32,16 @@ from torch.utils.data import DataLoader
 
 from nc_probe import CONVENTIONS, CollapseReport, NCProbe
 from nc_probe.plots import plot_angles, plot_depth, plot_grams, plot_iterates
-from recipes.checkpoint import create_model, new_folder, to_json, write_text
+from recipes.accuracy import sum_over_ranks
+from recipes.checkpoint import create_model, load_run, new_folder, to_json, whole_folder, write_text
 from recipes.config import TrainConfig
 from recipes.data import ImageSplit, ImageView, eval_loader, eval_transform
-from recipes.evaluate import IMAGE_FLAGS, Parser, environment, exit_code, open_split, settings, sum_over_ranks
+from recipes.evaluate import IMAGE_FLAGS, Parser, open_split, settings
+from recipes.faults import exit_code
 from recipes.figures import sample_evenly, tsne_figure
-from recipes.longtail import Groups, Manifest, two_group
+from recipes.longtail import Manifest
+from recipes.outcome import environment
+from recipes.profiles import Groups, two_group
 
 # t-SNE of more samples takes minutes, and shows no more.
 TSNE_SAMPLES = 2000
@@ -88,18 +90,23 @@ def run(args: argparse.Namespace) -> None:
     folder = None if args.output is None else new_folder(args.output)
     if args.second_pass and args.cache_mib is not None:
         raise ValueError(f"cache-mib is {args.cache_mib}; allowed: not given with second-pass, which keeps no features")
-    config, groups = settings(args)
+    config, manifest = settings(args)
     split = args.split or config.train_split
     accelerator = Accelerator()
     with accelerator.main_process_first():
         images = open_split(config, split)
     num_classes = len(images.class_names)
-    indices = chosen_images(args, config, images)
-    groups = chosen_groups(args, groups, num_classes)
+    indices = chosen_images(args, config, images, manifest)
+    groups = chosen_groups(args, {} if manifest is None else manifest.groups, num_classes)
 
     set_seed(config.seed)  # random weights are the same on every rank
-    classifier = None if config.pretrained else num_classes
-    net: Any = create_model(config, 0 if args.no_classifier else classifier).to(accelerator.device).eval()
+    if manifest is not None:
+        net: Any = load_run(Path(args.model))
+    else:
+        net = create_model(config, None if config.pretrained else num_classes)
+    if args.no_classifier:
+        net.reset_classifier(0)
+    net.to(accelerator.device).eval()
     if net.num_classes not in (0, num_classes):
         raise ValueError(
             f"model {args.model!r} knows {net.num_classes} classes; allowed: a model of {num_classes}, "
@@ -155,16 +162,17 @@ def run(args: argparse.Namespace) -> None:
     accelerator.end_training()
 
 
-def chosen_images(args: argparse.Namespace, config: TrainConfig, images: ImageSplit) -> np.ndarray:
+def chosen_images(
+    args: argparse.Namespace, config: TrainConfig, images: ImageSplit, manifest: Manifest | None
+) -> np.ndarray:
     """Rows of the split to measure on: of the split that a run was trained on those that it chose, else all.
 
     Raises:
         ValueError: the data set is not the one that the run was trained on, though nothing else was asked for.
     """
     everything = np.arange(len(images.labels))
-    if not Path(args.model).is_dir() or images.name != config.train_split:
+    if manifest is None or images.name != config.train_split:
         return everything
-    manifest = Manifest.load(Path(args.model) / "manifest.json")
     if manifest.fingerprint == images.fingerprint:
         return np.asarray(manifest.indices)
     if "dataset" in args:
@@ -266,13 +274,10 @@ def figures(
 
 def save(folder: Path, results: Mapping[str, Any], pictures: Mapping[str, Figure]) -> None:
     """Write `collapse.json` and the pictures; the folder is complete or absent."""
-    draft = folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    write_text(draft / "collapse.json", to_json(results, indent=2))
-    for name, figure in pictures.items():
-        figure.savefig(draft / f"{name}.png", dpi=150)
-    os.rename(draft, folder)
+    with whole_folder(folder) as draft:
+        write_text(draft / "collapse.json", to_json(results, indent=2))
+        for name, figure in pictures.items():
+            figure.savefig(draft / f"{name}.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import statistics
 import pytest
 import yaml
 
-from recipes.compare import main
+from recipes.compare import interval_of, main
 
 
 def run(folder, *, seed, accuracy, nc1=0.25, steps=None, **settings):
@@ -31,9 +31,24 @@ def test_seeds_are_put_together_and_settings_apart(tmp_path, capsys):
     assert twin == "| model_args.equilibrium=False | 1 | 80.0 | - | 0.5 | 0.5 | 1 | - |"
 
 
+@pytest.mark.parametrize(("n", "t"), [(2, 12.706), (5, 2.776), (31, 2.042)])  # of any printed table
+def test_intervals_are_those_of_students_tables(n, t, tmp_path, capsys):
+    values = [50 + (-1) ** i * (i // 2 + 1) for i in range(n)]
+    expected = t * statistics.stdev(values) / n**0.5
+    assert interval_of(values) == pytest.approx(expected, rel=2e-4)
+    folders = [run(tmp_path / f"{i}", seed=i, accuracy=value / 100) for i, value in enumerate(values)]
+    assert main(["--ci", *folders]) == 0
+    cells = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert cells[1:3] == [str(n), f"{statistics.mean(values):.1f} ± {expected:.2g}"]
+
+
 @pytest.mark.parametrize(
     ("folders", "message"),
-    [([], "no run folder given"), (["nowhere"], "'nowhere' has no config.yaml; allowed: folders of runs")],
+    [
+        (["--cl", "nowhere"], "--cl is unknown; allowed: --ci, and run folders"),
+        ([], "no run folder given"),
+        (["nowhere"], "'nowhere' has no config.yaml; allowed: folders of runs"),
+    ],
 )
 def test_bad_input(folders, message, capsys):
     assert main(folders) == 2

@@ -16,7 +16,7 @@ def test_the_command_of_the_design_parses():
         "--model deq_resnet8_cifar --dataset digits --imbalance two_group --majority 3 --ratio 10 --sampler instance "
         "--epochs 30 --seed 0 --output runs/name"
     ).split()
-    assert parse(words) == TrainConfig(output="runs/name", epochs=30)
+    assert parse(words) == TrainConfig(output="runs/name", imbalance="two_group", majority=3, ratio=10.0)
 
 
 def test_flags_reach_their_fields_with_their_types():
@@ -25,6 +25,13 @@ def test_flags_reach_their_fields_with_their_types():
     assert config.model_args == {"equilibrium": False, "tol": 1e-4}
     assert config.majority == [0, 4]
     assert (config.clip_grad, config.hflip) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize("words", ["--correction_at 2 5 --lr 1", "--correction_at [2,5]", "--correction_at=[2,5]"])
+def test_lists_may_be_several_words(words):
+    assert parse(["--output", "x", *words.split()]).correction_at == [2, 5]
+    assert parse("--correction_at 7 --majority 0 4 --output x".split()).correction_at == [7]
+    assert parse("--correction_at 7 --majority 0 4 --output x".split()).majority == [0, 4]
 
 
 def test_a_written_configuration_reads_back_equal(tmp_path):
@@ -64,7 +71,7 @@ def test_help_explains_every_field(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(TrainConfig):
         assert f"--{field.name} " in text
-    assert "images of a majority class over images of a minority class" in text
+    assert "R, images of the largest class over the smallest" in text
 
 
 @pytest.mark.parametrize(
@@ -75,19 +82,27 @@ def test_help_explains_every_field(capsys):
         ("--output x --epochs 2.5", "epochs: Expected a int. Got value: 2.5"),
         ("--output x --epochs -1", "epochs is -1; allowed: 0 or more"),
         ("--output x --epochs", "--epochs: expected one argument"),
-        ("--output x --sampler fair", "sampler: Expected a Literal['instance', 'class_balanced']. Got value: fair"),
-        ("--output x --imbalance step", "imbalance: Expected a Literal['balanced', 'two_group']. Got value: step"),
+        ("--output x --sampler fair", "sampler: Expected a Literal['instance', 'square_root', 'class_balanced', "),
+        ("--output x --imbalance long", "'exponential', 'pareto', 'explicit', 'as_is']"),
         ("--output x --opt sdg", "opt is 'sdg'; allowed: timm's optimizers (did you mean 'sgd"),
         ("--output x --majority few", "majority: "),
         ("--output x --batch_size 0", "batch_size is 0; allowed: 1 or more"),
         ("--output x --seed -1", "seed is -1; allowed: 0 to 4294967295"),
         ("--output x --lr 0", "lr is 0.0; allowed: above 0"),
         ("--output x --clip_grad .nan", "clip_grad is nan; allowed: above 0"),
+        ("--output x x --lr 1", "unrecognized arguments: x"),
+        ("--output x --ratio 1 2", "unrecognized arguments: 2"),
+        ("--output x --correction_at 5 2", "correction_at is [5, 2]; allowed: increasing numbers of 1 or more"),
+        ("--output x --correction_at 0", "correction_at is [0]; allowed: increasing numbers of 1 or more"),
+        ("--output x --jacobian_weight -1", "jacobian_weight is -1.0; allowed: 0 or more"),
+        ("--output x --keep_checkpoints 0", "keep_checkpoints is 0; allowed: 1 or more"),
+        ("--output x --checkpoint_every 0", "checkpoint_every is 0; allowed: 1 or more"),
+        ("--output x --resume=", "resume is ''; allowed: 'auto', or a folder of RUN/states"),
         ("--output x --hflip 1.5", "hflip is 1.5; allowed: 0 to 1"),
         ("--output x --val_fraction 1", "val_fraction is 1.0; allowed: 0 or more, below 1"),
         ("--output x --val_fraction 0 --select best", "val_fraction is 0.0; allowed: above 0 with --select best"),
         ("--output x --epochs 3 --warmup_epochs 5", "warmup_epochs is 5; allowed: 0 to 3"),
-        ("--output x --sched multistep", "decay_milestones is []; allowed: epochs"),
+        ("--output x --sched multistep", "decay_milestones is []; allowed: epochs, with multistep"),
         ("--output x --model_args.num_classes 7", "model_args is {'num_classes': 7}; allowed: no num_classes"),
         ("--output x --model_args 3", "model_args: Expected a dict. Got value: 3"),
         ("--output x --config nowhere.yaml", "nowhere.yaml"),
@@ -116,3 +131,114 @@ def test_mistakes_in_a_file_are_told_in_one_line(tmp_path, text, message):
     with pytest.raises(ValueError) as raised:
         parse(["--config", str(path)])
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "profile", "parameters"),
+    [
+        ("", "two_group", {"majority": 3, "ratio": 10.0}),
+        ("--majority 1 4 --class_order null", "two_group", {"majority": [1, 4], "ratio": 10.0}),
+        ("--imbalance balanced", "balanced", {}),
+        ("--imbalance as_is", "as_is", {}),
+        ("--imbalance step --minority 0.5", "step", {"minority": 0.5, "ratio": 10.0}),
+        ("--imbalance step --minority 2 --ratio 5", "step", {"minority": 2, "ratio": 5.0}),
+        ("--imbalance exponential --class_order given", "exponential", {"ratio": 10.0}),
+        (
+            "--imbalance exponential --class_order 2 0 1 --largest 9",
+            "exponential",
+            {"ratio": 10.0, "largest": 9, "class_order": [2, 0, 1]},
+        ),
+        (
+            "--imbalance pareto --class_order random --alpha 3",
+            "pareto",
+            {"ratio": 10.0, "alpha": 3.0, "class_order": "random"},
+        ),
+        ("--imbalance explicit --counts 5 4 3", "explicit", {"counts": [5, 4, 3]}),
+    ],
+)
+def test_a_profile_gets_what_it_reads(words, profile, parameters):
+    config = parse(["--output", "x", *words.split()])
+    assert (config.profile, config.profile_parameters) == (profile, parameters)
+    for name, value in parameters.items():
+        assert type(config.profile_parameters[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--imbalance explicit", "counts is None; allowed: a value, with imbalance 'explicit'"),
+        ("--imbalance step", "minority is None; allowed: a value, with imbalance 'step'"),
+        ("--counts 3 4", "counts is [3, 4]; allowed: not given with imbalance 'two_group'"),
+        ("--majority 0 1 --class_order random", "class_order is 'random'; allowed: not given with a list of majority"),
+        (
+            "--imbalance balanced --class_order random",
+            "class_order is 'random'; allowed: not given with imbalance 'b",
+        ),
+        ("--imbalance as_is --class_order 1 0", "class_order is [1, 0]; allowed: not given with imbalance 'as_is'"),
+        ("--imbalance explicit --counts 3 4 --class_order given", "class_order is 'given'; allowed: not given with"),
+        ("--imbalance exponential --alpha 2", "alpha is 2.0; allowed: not given with imbalance 'exponential'"),
+        ("--imbalance step --minority 2 --largest 9", "largest is 9; allowed: not given with imbalance 'step'"),
+        ("--minority 2", "minority is 2; allowed: not given with imbalance 'two_group'"),
+        ("--imbalance balanced --ratio 5", "ratio is 5.0; allowed: not given with imbalance 'balanced'"),
+        ("--imbalance pareto --majority 5", "majority is 5; allowed: not given with imbalance 'pareto'"),
+        ("--bounds 5 50", "bounds is [5.0, 50.0]; allowed: not given without --grouping thresholds or quantiles"),
+        ("--bounds 5 50 --grouping majority", "bounds is [5.0, 50.0]; allowed: not given without --grouping thresh"),
+        ("--bounds 5 9 50 --grouping thresholds", "bounds is [5.0, 9.0, 50.0]; allowed: two numbers"),
+        ("--manifest m --imbalance balanced", "imbalance is 'balanced'; allowed: not given with a manifest"),
+        ("--manifest m --ratio 10", "ratio is 10.0; allowed: not given with a manifest"),
+        ("--manifest m --grouping quantiles", "grouping is 'quantiles'; allowed: not given with a manifest"),
+        ("--repeat_threshold 0.1", "repeat_threshold is 0.1; allowed: not given with sampler 'instance'"),
+        ("--repeat_threshold 2 --sampler repeat_factor", "repeat_threshold is 2.0; allowed: above 0, at most 1"),
+        ("--defer 2", "defer is 2; allowed: 0 with sampler 'instance'"),
+        ("--defer 30 --sampler reverse", "defer is 30; allowed: 0 to 29, below the epochs"),
+        ("--mix_prob 0.5", "mix_prob is 0.5; allowed: not given without mixup_alpha or cutmix_alpha"),
+        ("--mixup_alpha -1", "mixup_alpha is -1.0; allowed: 0 or more"),
+        ("--budget -1", "budget is -1.0; allowed: 0 or more"),
+        ("--max_updates 0", "max_updates is 0; allowed: 1 or more"),
+        *(
+            (f"--sampler {sampler} --loss {loss}", f"loss is '{loss}'; allowed: none that corrects what sampler")
+            for sampler in ("class_balanced", "class_aware", "reverse")
+            for loss in ("class_balanced", "balanced_softmax", "logit_adjustment", "vs")
+        ),
+        ("--sampler reverse --reweight_epoch 9", "reweight_epoch is 9; allowed: none that corrects what sampler 'rev"),
+        ("--loss ldam", "loss is 'ldam'; allowed: ldam with classifier 'cosine' or 'etf' alone"),
+        ("--loss ldam --classifier etf --loss_args.scale 9", "loss_args.scale is 9; allowed: 30, the scale of the"),
+        (
+            "--loss ldam --classifier etf --loss_args.scale 30 --classifier_scale 8",
+            "loss_args.scale is 30; allowed: 8, the scale of the classifier",
+        ),
+        ("--classifier_scale 9", "classifier_scale is 9.0; allowed: not given with classifier 'linear'"),
+        ("--loss mse --classifier cosine", "loss is 'mse'; allowed: mse with classifier 'linear', not 'cosine'"),
+        ("--loss mse --classifier etf", "loss is 'mse'; allowed: mse with classifier 'linear', not 'etf'"),
+        ("--reweight_epoch 30", "reweight_epoch is 30; allowed: 0 to 29, below the epochs"),
+        ("--reweight_beta 0.9", "reweight_beta is 0.9; allowed: not given without reweight_epoch or loss 'class_bal"),
+        ("--loss_args.beta 0.9", "loss_args is {'beta': 0.9}; allowed: no beta, which --reweight_beta is for"),
+        ("--loss_args.label_smoothing 0.1", "no label_smoothing, which --label_smoothing is for"),
+        ("--loss_args.reweight_epoch 3", "no reweight_epoch, which --reweight_epoch is for"),
+        ("--stage crt", "model is 'deq_resnet8_cifar'; allowed: with stage 'crt' a run folder or local-dir:FOLDER"),
+        ("--stage lws --model local-dir:x --classifier etf", "classifier is 'etf'; allowed: 'linear' with stage 'lws'"),
+        ("--stage crt --model runs/x --jacobian_weight 1", "jacobian_weight is 1.0; allowed: none with stage 'crt'"),
+    ],
+)
+def test_contradictions_are_told_in_one_line(words, message):
+    with pytest.raises(ValueError) as raised:
+        parse(["--output", "x", *words.split()])
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--sampler square_root --loss balanced_softmax",
+        "--sampler reverse --loss focal --defer 29",
+        "--sampler repeat_factor --repeat_threshold 0.2 --loss vs",
+        "--loss ldam --classifier cosine --loss_args.scale 8 --classifier_scale 8 --reweight_epoch 29",
+        "--loss class_balanced --reweight_beta 0.99",
+        "--manifest runs/x/manifest.json --select best --val_fraction 0",
+        "--epochs 0",
+        "--stage crt --model runs/x --sampler class_balanced",
+        "--grouping thresholds --bounds 5 50",
+    ],
+)
+def test_what_goes_together_is_allowed(words):
+    parse(["--output", "x", *words.split()])

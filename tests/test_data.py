@@ -12,7 +12,6 @@ from sklearn.datasets import load_digits
 from recipes.data import (
     CorruptImageError,
     ImageView,
-    digits,
     eval_loader,
     eval_transform,
     load_splits,
@@ -20,6 +19,7 @@ from recipes.data import (
     train_loader,
     train_transform,
 )
+from recipes.digits import digits
 from recipes.sampling import EpochSampler
 
 DATA_CONFIG = dict(
@@ -33,6 +33,14 @@ def offline(monkeypatch, tmp_path):
     """No network, and no cache but the test's own."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def impatient():
+    """Torch looks every 5 seconds whether a worker is alive, and waits as long for one that has met an error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+        yield
 
 
 def pictures(n, size=(16, 16)):
@@ -91,6 +99,83 @@ def test_folders_of_each_kind_are_read(tmp_path, save):
     assert train.class_names == ("cat", "dog")
     assert train.labels.tolist() == [0, 1, 1] and sorted(test.labels) == [0, 1]
     assert np.array_equal(np.asarray(train.read(1, "RGB")), np.asarray(pictures(3)[1]))
+
+
+@pytest.mark.parametrize(("split", "name"), [(None, "train"), ("validation", "validation")])
+def test_a_data_set_saved_alone_is_one_split(tmp_path, split, name):
+    alone = (
+        rows([0, 1, 1])
+        if split is None
+        else datasets.Dataset.from_dict(
+            {"image": pictures(3), "label": [0, 1, 1]}, features=rows([]).features, split=datasets.NamedSplit(split)
+        )
+    )
+    alone.save_to_disk(tmp_path / "alone")
+    opened = open_dataset(str(tmp_path / "alone"))
+    assert list(opened) == [name] and opened[name]["label"][:] == [0, 1, 1]
+    assert opened[name].features["label"].names == NAMES
+
+
+def test_a_folder_may_have_configurations(tmp_path):
+    for name, labels in (("few", [0, 1]), ("many", [1, 1, 0])):
+        (tmp_path / name).mkdir()
+        for split in ("train", "test"):
+            rows(labels).to_parquet(tmp_path / name / f"{split}-00000-of-00001.parquet")
+    configs = "".join(
+        f"- config_name: {name}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {name}/{split}-*\n" for split in ("train", "test"))
+        for name in ("few", "many")
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name, labels in (("few", [0, 1]), ("many", [1, 1, 0])):
+        train, test = load_splits(open_dataset(str(tmp_path), name))
+        assert train.labels.tolist() == test.labels.tolist() == labels
+    with pytest.raises(ValueError, match="cannot be opened: .*few.*many"):
+        open_dataset(str(tmp_path))
+
+
+def test_a_configuration_or_revision_that_nothing_reads_is_named(tmp_path):
+    save_to_disk(tmp_path / "saved")
+    save_parquet(tmp_path / "files")
+    for name, flags, message in (
+        (
+            "digits",
+            dict(config="v2"),
+            "dataset_config is 'v2'; allowed: none for dataset 'digits', which has no configs",
+        ),
+        ("digits", dict(revision="main"), "dataset_revision is 'main'; allowed: none for dataset 'digits'"),
+        (str(tmp_path / "saved"), dict(config="v2"), "dataset_config is 'v2'; allowed: none for dataset"),
+        (str(tmp_path / "files"), dict(revision="main"), "dataset_revision is 'main'; allowed: none for dataset"),
+    ):
+        with pytest.raises(ValueError) as raised:
+            open_dataset(name, **flags)
+        assert str(raised.value).startswith(message)
+
+
+def test_a_hub_id_is_asked_for_with_its_configuration_and_revision(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **keywords):
+        asked.append((arguments, keywords))
+        return datasets.DatasetDict(train=rows([0]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(open_dataset("org/images", "small", "v1.0")) == ["train"]
+    assert asked == [(("org/images", "small"), {"revision": "v1.0"})]
+
+
+def test_columns_that_are_given_go_before_those_that_are_found():
+    train = rows([0, 1]).add_column("number", [3, 0])
+    first, _ = load_splits({"train": train, "test": train}, label_column="number")
+    assert first.labels.tolist() == [3, 0] and first.class_names == ("0", "1", "2", "3")
+    two = datasets.Dataset.from_dict(
+        {"front": pictures(2), "back": pictures(2)[::-1], "label": [0, 1]},
+        features=datasets.Features(front=datasets.Image(), back=datasets.Image(), label=datasets.Value("int8")),
+    )
+    with pytest.raises(ValueError, match="image_column must be given: columns that hold an image are 'front', 'back'"):
+        load_splits({"train": two, "test": two})
+    back, _ = load_splits({"train": two, "test": two}, image_column="back")
+    assert np.array_equal(np.asarray(back.read(0, "RGB")), np.asarray(pictures(2)[1]))
 
 
 def test_columns_are_found_by_type_and_plain_integers_are_classes():
@@ -253,6 +338,7 @@ def test_padded_crops_are_shifts_of_the_image(view_of_digits):
         dict(color_jitter=0.4),
         dict(auto_augment="rand-m9-mstd0.5"),
         dict(re_prob=1.0),
+        dict(cutout=5),
     ],
 )
 def test_augmentation_depends_on_seed_and_draw_alone(view_of_digits, augmentation):

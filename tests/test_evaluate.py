@@ -18,8 +18,9 @@ from timm.models import save_for_hf
 from torch import nn
 
 from recipes import train
+from recipes.accuracy import accuracies, evaluate, recalls
 from recipes.data import digits
-from recipes.evaluate import accuracies, evaluate, main, recalls, table
+from recipes.evaluate import main, table
 from recipes.figures import anytime_figure
 from timm_deq import Equilibrium, SolveLog
 
@@ -47,12 +48,13 @@ def test_evaluate_counts_every_image_in_evaluation_mode(training):
     net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, 3)).train(training)
     images, labels = torch.randn(23, 3, 2, 2), torch.randint(3, (23,))
     batches = list(zip(images.split(5), labels.split(5), strict=True))
-    confusion, solver, log = evaluate(net, batches, Accelerator(cpu=True), 3)
+    confusion, solver, log, bins = evaluate(net, batches, Accelerator(cpu=True), 3)
     expected = np.zeros((3, 3), dtype=int)
     for image, label in zip(images, labels, strict=True):
         expected[label, int(net.eval()(image[None]).argmax())] += 1
     assert confusion.tolist() == expected.tolist()
     assert solver == {} and len(log) == 0
+    assert bins[:, :, 0].sum(1).tolist() == expected.sum(1).tolist() and bins[:, :, 1].sum() == np.trace(expected)
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +144,7 @@ def test_two_ranks_print_and_save_what_a_loop_over_single_images_finds(images, r
     assert 2 < steps.mean() < 8  # so that the mean says something
     header = "| max_steps | overall % | majority % | minority % | evaluations | converged % |"
     assert done.stdout.splitlines() == [header, "|" + " --- |" * 6, *rows]  # by the main rank alone
-    assert {path.name for path in out.iterdir()} == {"results.json", "anytime.png"}
+    assert {path.name for path in out.iterdir()} == {"results.json", "anytime.png", "confusion.png", "reliability.png"}
     assert [path.name for path in out.parent.iterdir()] == ["anytime"]
     assert np.asarray(Image.open(out / "anytime.png").convert("L")).std() > 10
 
@@ -181,8 +183,13 @@ def test_an_explicit_model_has_one_row_and_no_curve(images, tmp_path, capsys):
     right, _ = one_by_one(twin, datasets.load_from_disk(str(images))["test"])
     assert capsys.readouterr().out.splitlines()[-1] == f"| - | {100 * right.mean():.2f} | - | - |"
     (point,) = json.loads((tmp_path / "x" / "results.json").read_text())["points"]
+    assert 0 < point["calibration_error"]["overall"] < 1
     assert (point["max_steps"], point["accuracy"], point["solver"]) == (None, {"overall": right.mean()}, {})
-    assert [path.name for path in (tmp_path / "x").iterdir()] == ["results.json"]
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [
+        "confusion.png",
+        "reliability.png",
+        "results.json",
+    ]
 
 
 def test_a_name_has_the_weights_of_seed_0_and_a_split_alone_names_its_classes(images, tmp_path):

@@ -1,77 +1,15 @@
-"""Imbalance profiles: published set sizes, and what must hold for any data set."""
+"""Training sets cut by index, and the manifests that record them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes.longtail import Manifest, balanced, build_manifest, carve_validation, subsample, two_group
-
-CIFAR10 = np.full(10, 5000)
-
-
-# Fang et al. (2021): n_A = 5000, n_B = 5000 // R.
-@pytest.mark.parametrize(
-    ("majority", "ratio", "total"),
-    [
-        (3, 10, 18500),
-        (3, 50, 15700),
-        (3, 100, 15350),
-        (5, 10, 27500),
-        (5, 50, 25500),
-        (5, 100, 25250),
-        (7, 10, 36500),
-        (7, 50, 35300),
-        (7, 100, 35150),
-    ],
-)
-def test_two_group_has_the_published_sizes(majority, ratio, total):
-    counts, groups = two_group(CIFAR10, majority=majority, ratio=ratio)
-    assert counts.sum() == total
-    assert groups == {"majority": list(range(majority)), "minority": list(range(majority, 10))}
-
-
-def test_balanced_keeps_the_smallest_class_size():
-    counts, groups = balanced(np.array([7, 5, 9]))
-    assert counts.tolist() == [5, 5, 5] and groups == {}
-
-
-def test_majority_classes_may_be_named():
-    counts, groups = two_group(np.array([8, 9, 10, 8]), majority=[3, 1], ratio=3.9)
-    assert counts.tolist() == [2, 8, 2, 8]
-    assert groups == {"majority": [1, 3], "minority": [0, 2]}
-
-
-@pytest.mark.parametrize("majority", [0, 10])
-def test_one_group_may_be_empty(majority):
-    counts, groups = two_group(CIFAR10, majority=majority, ratio=10)
-    assert counts.tolist() == [5000 if majority else 500] * 10
-    assert len(groups["majority"]) == majority
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (dict(majority=11, ratio=10), r"majority \(K_A\) is 11; allowed: 0 to 10"),
-        (dict(majority=-1, ratio=10), r"majority \(K_A\) is -1; allowed: 0 to 10"),
-        (dict(majority=[0, 10], ratio=10), r"majority is \[0, 10\]; allowed: different classes out of 0 to 9"),
-        (dict(majority=[0, 0], ratio=10), r"majority is \[0, 0\]; allowed: different classes"),
-        (dict(majority=3, ratio=0.5), r"ratio \(R\) is 0.5; allowed: 1 or more"),
-        (dict(majority=3, ratio=float("nan")), r"ratio \(R\) is nan; allowed: 1 or more"),
-        (dict(majority=3, ratio=5001), r"ratio \(R\) is 5001.*allowed: 1 to 5000"),
-    ],
-)
-def test_impossible_groups_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        two_group(CIFAR10, **arguments)
-
-
-def test_the_largest_ratio_named_is_allowed():
-    counts, _ = two_group(CIFAR10, majority=3, ratio=5000)
-    assert counts[3:].tolist() == [1] * 7
-
+from recipes.longtail import Manifest, build_manifest, carve_validation, subsample
+from recipes.profiles import PROFILES
 
 labels_of_any_set = st.lists(st.integers(0, 4), min_size=20, max_size=200).map(np.array)
 
@@ -132,6 +70,125 @@ def test_manifest_survives_its_file_and_notices_a_change(tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="it was changed"):
         Manifest.load(path)
+
+
+NESTED = {
+    "two_group": dict(majority=1),
+    "step": dict(minority=2),
+    "exponential": {},
+    "pareto": {},
+}
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from(sorted(NESTED)), st.floats(1, 45), st.floats(1, 45), st.sampled_from(["given", "random", [2, 0, 1]])
+)
+def test_the_set_of_a_smaller_ratio_holds_that_of_a_larger_one(profile, one, other, class_order):
+    small, large = (
+        manifest(3, profile=profile, parameters={**NESTED[profile], "ratio": ratio, "class_order": class_order})[0]
+        for ratio in sorted((one, other))
+    )
+    assert set(large.indices) <= set(small.indices)
+    assert small.validation == large.validation
+
+
+def test_which_classes_are_large_is_told_or_drawn():
+    def sizes(seed, **parameters):
+        return manifest(seed, profile="exponential", parameters={"ratio": 9.0, **parameters})[0].counts
+
+    assert sizes(0) == sizes(0, class_order="given") == [90, 30, 10]
+    assert sizes(0, class_order=[2, 0, 1]) == [30, 10, 90]
+    drawn = {tuple(sizes(seed, class_order="random")) for seed in range(30)}
+    assert drawn > {(90, 30, 10)} and all(sorted(counts) == [10, 30, 90] for counts in drawn)
+
+
+def test_a_random_class_order_leaves_validation_and_the_choice_of_images_alone():
+    given, drawn = (
+        manifest(5, profile="explicit", parameters={"counts": [9, 9, 9]})[0],
+        manifest(5, profile="step", parameters={"minority": 3, "ratio": 10.0, "class_order": "random"})[0],
+    )
+    assert drawn.validation == given.validation and drawn.indices == given.indices
+
+
+def test_groups_are_those_of_the_profile_or_of_a_rule():
+    assert manifest(profile="exponential", parameters={"ratio": 9.0})[0].groups == {"medium": [0, 1], "few": [2]}
+    arguments = dict(profile="exponential", parameters={"ratio": 9.0, "class_order": [1, 2, 0]})
+    ranked = manifest(**arguments, grouping="quantiles")[0]
+    assert ranked.groups == {"many": [1], "medium": [2], "few": [0]}
+    assert manifest(**arguments, grouping="thresholds", bounds=(20, 29))[0].groups == {"many": [1, 2], "few": [0]}
+    assert manifest(grouping="majority")[0].groups == {"majority": [0], "minority": [1, 2]}
+
+
+def test_an_unknown_profile_is_refused():
+    with pytest.raises(ValueError, match=f"profile is 'long'; allowed: {', '.join(PROFILES)}"):
+        manifest(profile="long")
+
+
+def test_a_manifest_written_before_there_were_other_profiles_is_read(tmp_path):
+    path = tmp_path / "manifest.json"
+    path.write_text(
+        '{"profile": "two_group", "parameters": {"majority": 1, "ratio": 2.0}, "seed": 0, "fingerprint": "abc", '
+        '"counts": [2, 1], "groups": {"majority": [0], "minority": [1]}, "indices": [0, 2, 3], "validation": [1], '
+        '"sha256": "334c16b16f95929406d5c19fef901487aba3a70898f748a98e8a3a84f59329f4"}'
+    )
+    assert Manifest.load(path).groups == {"majority": [0], "minority": [1]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.unlink(), "cannot be read: No such file or directory; allowed: a manifest.json"),
+        (lambda path: (path.unlink(), path.mkdir()), "cannot be read: Is a directory"),
+        (lambda path: path.write_text(""), "is not JSON: Expecting value"),
+        (lambda path: path.write_text(path.read_text()[:-9]), "is not JSON: Unterminated string"),
+        (lambda path: path.write_bytes(b"\xff\xfe"), "is not JSON: 'utf-8' codec"),
+        (lambda path: path.write_text("[1, 2]"), "holds list; allowed: profile, parameters, .*, sha256"),
+        (lambda path: path.write_text("{}"), "holds nothing; allowed: profile"),
+        (lambda path: path.write_text('{"seed": 0}'), "holds seed; allowed: profile"),
+        (lambda path: path.write_text(path.read_text()[:-1] + ', "note": 1}'), "holds counts, .* note, .*; allowed: p"),
+        (lambda path: path.write_text(path.read_text().replace('"seed": 0', '"seed": 1')), "it was changed"),
+        (lambda path: path.write_text(path.read_text().replace('"sha256": "', '"sha256": "0')), "it was changed"),
+    ],
+)
+def test_a_file_that_is_no_manifest_is_refused_in_one_line(tmp_path, change, message):
+    path = tmp_path / "manifest.json"
+    path.write_text(manifest()[0].to_json())
+    change(path)
+    with pytest.raises(ValueError, match=f"^manifest '{path}' .*{message}") as error:
+        Manifest.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_manifest_fits_the_data_set_it_was_made_from():
+    made, labels = manifest()
+    made.check(fingerprint="abc", num_images=300, labels=labels)
+    made.check(labels=labels)
+    made.check()
+
+
+MADE, LABELS = manifest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "known", "message"),
+    [
+        ({}, dict(fingerprint="abd"), "the manifest is of data set abc; allowed: abd, this one"),
+        ({}, dict(num_images=200), r"the manifest lists image 29\d; allowed: 0 to 199"),
+        ({}, dict(labels=LABELS[:200]), r"the manifest lists image 29\d; allowed: 0 to 199"),
+        ({"indices": [-1, *MADE.indices[1:]]}, dict(num_images=300), "lists image -1; allowed: 0 to 299"),
+        ({"validation": [300]}, dict(num_images=300), "lists image 300; allowed: 0 to 299"),
+        ({"validation": MADE.indices[:1]}, {}, f"lists image {MADE.indices[0]} twice; allowed: once, to train or to"),
+        ({"indices": MADE.indices[:1] + MADE.indices[:-1]}, {}, "twice"),
+        ({}, dict(labels=(LABELS + 1) % 3), "the manifest counts 90 images of class 0; allowed: 22"),
+        ({}, dict(labels=np.where(np.arange(300) == MADE.indices[-1], 2 - LABELS, LABELS)), "images of class"),
+        ({"counts": [90, 22, 23]}, dict(labels=LABELS), "counts 23 images of class 2; allowed: 22"),
+        ({"counts": [90, 44]}, dict(labels=LABELS), "counts 2 classes; allowed: 3"),
+    ],
+)
+def test_a_manifest_of_another_data_set_is_refused(changes, known, message):
+    with pytest.raises(ValueError, match=message):
+        replace(MADE, **changes).check(**known)
 
 
 def test_a_class_without_training_images_is_named():

@@ -29,10 +29,10 @@ def one_cpu_and_no_network(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
-def launch(*words, ranks=1):
+def launch(*words, ranks=1, sharded=False):
     """`accelerate launch recipes/train.py`, with one thread in each process so that sums have one order."""
     # `--cpu` starts one process whatever number is asked for, unless there is MPI; `--multi_gpu` stands for several.
-    device = "--cpu" if ranks == 1 else "--multi_gpu"
+    device = "--cpu" if ranks == 1 else "--use_fsdp --fsdp_version 2" if sharded else "--multi_gpu"
     launcher = f"accelerate.commands.launch {device} --quiet --num_processes {ranks} --num_machines 1"
     settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     defaults = ["--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -58,6 +58,7 @@ def logits_of(net, split, rows):
         return features.double(), net.get_classifier()(features)
 
 
+STATE = ("rank-0.json", "rank-0.safetensors", "state.json", "state.safetensors")
 DEFAULT = (
     "--epochs",
     "2",
@@ -108,6 +109,7 @@ def test_a_run_folder_holds_everything(run):
         "manifest.json",
         "metrics.jsonl",
         "results.json",
+        *(f"states/{updates}/{name}" for updates in ("00000012", "00000024") for name in STATE),
     ]
     assert parse(["--config", str(folder / "config.yaml")]) == parse(["--output", str(folder), *DEFAULT])
 
@@ -209,8 +211,8 @@ def test_accumulated_batches_train_like_whole_ones(vit, tmp_path):
     assert outcome(tmp_path / "x") == pytest.approx(vit, rel=1e-4)
 
 
-def on_two_ranks(folder, *words):
-    done = launch("--output", str(folder), *words, ranks=2)
+def on_two_ranks(folder, *words, sharded=False):
+    done = launch("--output", str(folder), *words, ranks=2, sharded=sharded)
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / "results.json").read_text())["ranks"] == 2
     assert done.stdout.count("test accuracy") == 1  # by the main process alone
@@ -231,6 +233,30 @@ def test_two_ranks_measure_what_one_does(run, tmp_path):
 def test_two_ranks_train_like_one(vit, tmp_path):
     on_two_ranks(tmp_path / "two", *VIT, "--gradient_accumulation_steps", "2")
     assert outcome(tmp_path / "two") == pytest.approx(vit, rel=1e-4)
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_the_curve_of_two_ranks_is_that_of_one(tmp_path, sharded):
+    """Loss after every update, with everything on that has to know of ranks, and over an interruption."""
+    flags = "--checkpoint_every 1 --keep_checkpoints 99 --log_every 1 --ema_decay 0.5 --clip_grad 1".split()
+    assert main(["--output", str(tmp_path / "one"), *VIT, *flags]) == 0
+    accumulated = [*VIT, *flags, "--gradient_accumulation_steps", "2"]
+    on_two_ranks(tmp_path / "two", *accumulated, sharded=sharded)
+
+    def curve(folder):
+        states = [json.loads(path.read_text())["progress"] for path in sorted(folder.glob("states/*/state.json"))]
+        assert [state["updates"] for state in states] == list(range(12))
+        return [state["record"]["train_loss"] for state in states[1:-1]] + [lines_of(folder)[-1]["train_loss"]]
+
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-4)
+    assert outcome(tmp_path / "two") == pytest.approx(outcome(tmp_path / "one"), rel=1e-4)
+    again = ["--resume", str(tmp_path / "two" / "states" / "00000006"), *accumulated]
+    on_two_ranks(tmp_path / "again", *again, sharded=sharded)
+    assert outcome(tmp_path / "again") == outcome(tmp_path / "two")
+    saved = [load_file(tmp_path / name / "checkpoint" / "model.safetensors") for name in ("two", "again")]
+    assert all(torch.equal(value, saved[1][key]) for key, value in saved[0].items())
 
 
 SMALL = "--model test_resnet --img_size 32 --crop_pct 1 --epochs 2 --probe_every 0".split()
@@ -283,6 +309,18 @@ def test_the_initial_model_is_measured_without_training(tmp_path):
             "batch_size 1 gives batches of 1 images; allowed: 2 or more",
         ),
         ("--model_args.in_chans 2", "the model takes images of 2 channels; allowed: 1 or 3"),
+        (
+            "--model test_resnet --jacobian_weight 0.1",
+            "jacobian_weight is 0.1; allowed: 0 for a model without an equilibrium",
+        ),
+        (
+            "--model test_resnet --correction_at 2 5",
+            "correction_at is [2, 5]; allowed: none for a model with 0 equilibria",
+        ),
+        (
+            "--tracker trackio",
+            "tracker 'trackio' needs the package trackio; allowed: none, or after pip install trackio",
+        ),
         ("--mean [0.5,0.5]", "mean must have one value or 3 values, got 2"),
     ],
 )
@@ -327,6 +365,8 @@ def test_a_corrupt_image_is_named(tmp_path, capsys):
     datasets.DatasetDict(train=broken, test=whole["test"]).save_to_disk(tmp_path / "data")
     # Seed 1 draws the damaged image, which the manifest confirms.
     words = ["--dataset", str(tmp_path / "data"), "--val_fraction", "0", "--imbalance", "balanced", "--seed", "1"]
-    assert main(["--output", str(tmp_path / "x"), *SMALL, *words]) == 2
-    assert 400 in Manifest.load(tmp_path / "x" / "manifest.json").indices
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: image 400 of split 'train' cannot be decoded: ")
+    for pipeline in ("resident", "workers"):
+        assert main(["--output", str(tmp_path / pipeline), *SMALL, *words, "--pipeline", pipeline]) == 2
+        assert 400 in Manifest.load(tmp_path / pipeline / "manifest.json").indices
+        err = capsys.readouterr().err.splitlines()[-1].rpartition("\r")[2].strip()
+        assert err.startswith("error: image 400 of split 'train' cannot be decoded: ")

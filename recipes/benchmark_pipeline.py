@@ -1,0 +1,129 @@
+"""Measure how fast images reach the model, beside how fast the model trains on them.
+
+A pipeline is fast enough if it gives several times the images per second that training takes: then it is never waited
+for, and what it costs of the same processors is small.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import datasets
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.data.model_config import resolve_input_data_config
+from torch import nn
+from torch.nn import functional as F
+
+import timm_deq  # noqa: F401  registers the models
+from recipes.data import ImageSplit
+from recipes.pipeline import ImageSet, choose_pipeline
+from recipes.sampling import EpochSampler
+
+Row = dict[str, Any]
+"""One line of a table, by the heading of its columns."""
+
+AUGMENTATION = {"crop_pad": 4, "hflip": 0.5}
+
+
+def noise(images: int, size: int = 32) -> ImageSplit:
+    """Encoded images of random pixels in ten classes, of the size of CIFAR's."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(images) % 10
+    pictures = [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(images)]
+    rows = datasets.Dataset.from_dict({"image": pictures}, features=datasets.Features(image=datasets.Image()))
+    return ImageSplit("noise", rows, "image", labels, tuple(map(str, range(10))))
+
+
+def pipeline_rows(
+    split: ImageSplit | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    model: str = "deq_resnet8_cifar",
+    batch_size: int = 128,
+    workers: int = 2,
+    seconds: float = 5.0,
+) -> list[Row]:
+    """Images per second of each pipeline alone, in training, and of the model that trains on resident images.
+
+    Args:
+        split: the images; 10000 of `noise` if not given.
+        device: of the model and of resident images.
+        model: a timm model.
+        batch_size: images of an update.
+        workers: processes that decode.
+        seconds: least time that each is measured for.
+
+    Returns:
+        A row for each of: decoding all images once, batches of resident images, batches of workers, training; with
+        images per second, and how often that is the rate of training.
+    """
+    split = noise(10_000) if split is None else split
+    net: Any = timm.create_model(model, num_classes=len(split.class_names)).to(device)
+    rates: dict[str, float] = {}
+    sets: dict[str, ImageSet] = {}
+    for mode in ("resident", "workers"):
+        pipeline = choose_pipeline(
+            mode,
+            images=len(split.labels),
+            data_config=resolve_input_data_config(net),
+            augmentation=AUGMENTATION,
+            device=device,
+            workers=workers,
+        )
+        started = time.perf_counter()
+        sets[mode] = pipeline.load(split, np.arange(len(split.labels)))
+        if mode == "resident":
+            rates["decode once"] = len(split.labels) / (time.perf_counter() - started)
+    loaders = {
+        mode: images.train_loader(EpochSampler(images.labels, batch_size=batch_size)) for mode, images in sets.items()
+    }
+    for mode, loader in loaders.items():
+        rates[mode] = images_per_second(loader, lambda images, labels: None, device=device, seconds=seconds)
+    rates["train"] = images_per_second(loaders["resident"], training_step(net), device=device, seconds=seconds)
+    return [
+        {"pipeline": name, "images/s": rate, "times training": rate / rates["train"]} for name, rate in rates.items()
+    ]
+
+
+def training_step(net: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """Forward and backward pass and update of a model."""
+    net.train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> None:
+        F.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def images_per_second(
+    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    use: Callable[[torch.Tensor, torch.Tensor], None],
+    *,
+    device: torch.device | str,
+    seconds: float,
+) -> float:
+    """Rate at which batches are made and used, after one that is not counted, over passes as long as `seconds`."""
+    images, started = -1, 0.0
+    while True:
+        for x, labels in loader:
+            use(x, labels)
+            if images < 0:  # the first batch starts workers, and warms up the model
+                _wait(device)
+                images, started = 0, time.perf_counter()
+                continue
+            images += len(labels)
+            if time.perf_counter() - started > seconds:
+                _wait(device)
+                return images / (time.perf_counter() - started)
+
+
+def _wait(device: torch.device | str) -> None:
+    """Until the device has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

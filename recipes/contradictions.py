@@ -1,0 +1,132 @@
+"""Settings of a run that contradict each other, or that nothing reads. Each is refused in one line."""
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import timm
+
+import timm_deq  # noqa: F401 - registers its models
+from recipes.mistakes import check
+from recipes.profiles import PROFILES
+
+if TYPE_CHECKING:
+    from recipes.config import TrainConfig
+
+# What makes up for the imbalance by itself, so that two of them would do so twice.
+CORRECTING_SAMPLERS = ("class_balanced", "class_aware", "reverse")
+CORRECTING_LOSSES = ("class_balanced", "balanced_softmax", "logit_adjustment", "vs")
+
+# Parameters of every loss, which have flags of their own: their names in recipes/losses.py, and the flags.
+LOSS_FLAGS = {"label_smoothing": "label_smoothing", "reweight_epoch": "reweight_epoch", "beta": "reweight_beta"}
+
+SCALE = 30.0  # of cosine and etf classifiers and of ldam, unless said otherwise
+
+
+def profile_settings(profile: str) -> list[str]:
+    """Names of the settings that an imbalance profile reads."""
+    return list(inspect.signature(PROFILES[profile]).parameters)[1:]  # but for the sizes
+
+
+def correction(config: "TrainConfig") -> str | None:
+    """What makes up for the imbalance in training, in words."""
+    if config.sampler in CORRECTING_SAMPLERS:
+        return f"sampler {config.sampler!r}"
+    if config.loss in CORRECTING_LOSSES:
+        return f"loss {config.loss!r}"
+    return None if config.reweight_epoch is None else f"reweight_epoch {config.reweight_epoch}"
+
+
+def check_contradictions(config: "TrainConfig") -> None:
+    """Look for settings that do not go together; each has been found to be allowed by itself.
+
+    Raises:
+        ValueError: there are some.
+    """
+    _check_images(config)
+    _check_loss(config)
+    _check_stage(config)
+    _check_schedule(config)
+
+
+def _check_images(config: "TrainConfig") -> None:
+    profiles = dict.fromkeys(name for profile in PROFILES for name in profile_settings(profile))
+    if config.manifest is not None:
+        for name in ("imbalance", *profiles, "grouping", "bounds"):
+            _unread(config, name, "with a manifest, which says it all")
+    for name in profiles:
+        if name not in profile_settings(config.profile):
+            _unread(config, name, f"with imbalance {config.profile!r}")
+    for name in {"minority", "counts"} & set(profile_settings(config.profile)):
+        value = getattr(config, name)
+        check(value is not None, name, value, f"a value, with imbalance {config.profile!r}")
+    if isinstance(config.majority, list):
+        _unread(config, "class_order", "with a list of majority classes")
+    if config.grouping in (None, "majority"):
+        _unread(config, "bounds", "without --grouping thresholds or quantiles")
+    check(config.bounds is None or len(config.bounds) == 2, "bounds", config.bounds, "two numbers")
+
+    if config.sampler != "repeat_factor":
+        _unread(config, "repeat_threshold", f"with sampler {config.sampler!r}")
+    if config.sampler == "instance":
+        check(config.defer == 0, "defer", config.defer, "0 with sampler 'instance', which there is nothing to defer to")
+    _before_the_end(config, "defer")
+    if not (config.mixup_alpha or config.cutmix_alpha):
+        _unread(config, "mix_prob", "without mixup_alpha or cutmix_alpha")
+
+
+def _check_loss(config: "TrainConfig") -> None:
+    for name, flag in LOSS_FLAGS.items():
+        check(name not in config.loss_args, "loss_args", config.loss_args, f"no {name}, which --{flag} is for")
+    if config.reweight_epoch is None and config.loss != "class_balanced":
+        _unread(config, "reweight_beta", "without reweight_epoch or loss 'class_balanced'")
+    _before_the_end(config, "reweight_epoch")
+    if config.sampler in CORRECTING_SAMPLERS:
+        name, value = "loss", config.loss
+        if value not in CORRECTING_LOSSES:
+            name, value = "reweight_epoch", config.reweight_epoch
+        twice = value is not None
+        check(not twice, name, value, f"none that corrects what sampler {config.sampler!r} has corrected already")
+
+    if config.classifier == "linear":
+        _unread(config, "classifier_scale", "with classifier 'linear'")
+        check(config.loss != "ldam", "loss", config.loss, "ldam with classifier 'cosine' or 'etf' alone")
+    else:
+        check(config.loss != "mse", "loss", config.loss, f"mse with classifier 'linear', not {config.classifier!r}")
+    if config.loss == "ldam":
+        scale = config.classifier_scale or SCALE
+        given = config.loss_args.get("scale", scale)
+        check(given == scale, "loss_args.scale", given, f"{scale:g}, the scale of the classifier")
+
+
+def _check_stage(config: "TrainConfig") -> None:
+    if config.stage is None:
+        return
+    check(
+        not timm.is_model(config.model),
+        "model",
+        config.model,
+        f"with stage {config.stage!r} a run folder or local-dir:FOLDER",
+    )
+    check(config.classifier == "linear", "classifier", config.classifier, f"'linear' with stage {config.stage!r}")
+    for name in ("jacobian_weight", "correction_at"):
+        value = getattr(config, name)
+        check(not value, name, value, f"none with stage {config.stage!r}, in which no equilibrium is trained")
+
+
+def _check_schedule(config: "TrainConfig") -> None:
+    if config.select == "best" and config.manifest is None:
+        check(config.val_fraction > 0, "val_fraction", config.val_fraction, "above 0 with --select best")
+    warmup, most = config.warmup_epochs, config.epochs
+    check(not most or warmup <= most, "warmup_epochs", warmup, f"0 to {most}, the epochs")
+    milestones = config.decay_milestones
+    check(config.sched != "multistep" or milestones != [], "decay_milestones", milestones, "epochs, with multistep")
+
+
+def _before_the_end(config: "TrainConfig", name: str) -> None:
+    epoch, last = getattr(config, name), config.epochs - 1
+    check(not config.epochs or epoch is None or epoch <= last, name, epoch, f"0 to {last}, below the epochs")
+
+
+def _unread(config: "TrainConfig", name: str, where: str) -> None:
+    value: Any = getattr(config, name)
+    check(value is None, name, value, f"not given {where}")

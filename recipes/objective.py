@@ -1,0 +1,84 @@
+"""What training minimises: the loss, and for deep equilibrium networks what `timm_deq` adds to it."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from recipes.config import TrainConfig
+from recipes.contradictions import SCALE
+from recipes.losses import Loss, create_loss
+from timm_deq import Equilibrium, FixedPointCorrection, JacobianPenalty
+
+
+def create_criterion(config: TrainConfig, counts: Sequence[int]) -> Loss:
+    """The loss that a configuration asks for.
+
+    Args:
+        counts: training images of each class, (K,).
+
+    Raises:
+        ValueError: an argument that the loss does not have, or does not allow.
+    """
+    arguments = dict(config.loss_args)
+    if config.loss == "ldam":  # its margins are those of the classifier's cosines
+        arguments["scale"] = config.classifier_scale or SCALE
+    if config.reweight_beta is not None:
+        arguments["beta"] = config.reweight_beta
+    return create_loss(config.loss, counts, **config.only("label_smoothing", "reweight_epoch"), **arguments)
+
+
+class Objective:
+    """Loss of a batch, to be open while the model is trained.
+
+    Args:
+        net: the model itself, without the wrapper of `prepare`.
+        criterion: mean loss of logits (B, K) and labels (B,) or (B, K).
+        jacobian_weight: weight of the penalty of the Jacobian; 0 for none.
+        correction_at: steps of the solver whose iterates are corrected too; none if empty.
+
+    Raises:
+        ValueError: the model has no equilibrium to penalise, or not exactly one to correct, or is
+            sharded, where these aids have not been shown to be right.
+    """
+
+    def __init__(
+        self, net: nn.Module, criterion: nn.Module, *, jacobian_weight: float = 0.0, correction_at: Sequence[int] = ()
+    ):
+        layers = sum(isinstance(module, Equilibrium) for module in net.modules())
+        if jacobian_weight and not layers:
+            raise ValueError(f"jacobian_weight is {jacobian_weight}; allowed: 0 for a model without an equilibrium")
+        if correction_at and layers != 1:
+            raise ValueError(
+                f"correction_at is {list(correction_at)}; allowed: none for a model with {layers} equilibria, not 1"
+            )
+        if (jacobian_weight or correction_at) and any(isinstance(module, FSDPModule) for module in net.modules()):
+            raise ValueError("jacobian_weight and correction_at are not allowed for a sharded model")
+        self.criterion, self.jacobian_weight = criterion, jacobian_weight
+        self.penalty = JacobianPenalty(net) if jacobian_weight else None
+        self.correction = FixedPointCorrection(net, at=correction_at) if correction_at else None
+        self._open = ExitStack()
+
+    def __enter__(self) -> "Objective":
+        for aid in (self.penalty, self.correction):
+            if aid is not None:
+                self._open.enter_context(aid)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What to minimise, and the loss (without the penalty) to report.
+
+        Args:
+            logits: the model's output in training, (B, K); ((n + 1) B, K) with n iterates to correct.
+            labels: (B,), or distributions over the classes (B, K).
+        """
+        if self.correction is None:
+            loss = self.criterion(logits, labels)
+        else:
+            loss = self.correction.loss(self.criterion, logits, labels)
+        penalised = loss if self.penalty is None else loss + self.jacobian_weight * self.penalty.mean()
+        return penalised, loss.detach()

@@ -1,0 +1,45 @@
+"""What a run has come to, in words."""
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from recipes.config import TrainConfig
+from recipes.longtail import Manifest
+
+
+def run_title(config: TrainConfig, manifest: Manifest) -> str:
+    """What was trained on what, for the head of a figure."""
+    values = manifest.parameters
+    setting = [] if manifest.profile == "two_group" else [manifest.profile]
+    if manifest.profile == "two_group":
+        setting.append(f"K_A = {len(manifest.groups.get('majority', ()))}")
+    if "ratio" in values:
+        setting.append(f"R = {values['ratio']:g}")
+    return f"{config.model} on {config.dataset} ({', '.join(setting)})"
+
+
+def summary(results: Mapping[str, Any], folder: Path) -> str:
+    """The last four lines that a run prints, from the content of results.json."""
+    collapse, solver = results["collapse"], results["solver"]
+    keys = {"NC1": "nc1", "NC2": "nc2_etf", "NC3": "nc3", "NC4": "nc4"}
+    solved = f"{solver['mean_steps']:.2f} per image, {solver['converged']:.1%} converged" if solver else "-"
+    return (
+        f"test accuracy    {'   '.join(f'{name} {value:.2%}' for name, value in results['test'].items())}\n"
+        f"neural collapse  {'   '.join(f'{name} {collapse[key]:.4g}' for name, key in keys.items())}\n"
+        f"evaluations      {solved}\n"
+        f"run folder       {folder}"
+    )
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What numbers and times were measured with."""
+    return {
+        "device": str(accelerator.device),
+        "ranks": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "accelerate", "datasets")},
+    }

@@ -1,0 +1,71 @@
+"""Processes that hold whole copies of the weights (DDP), or a shard each (FSDP2).
+
+A sharded model is never evaluated itself: its forward is a collective, and ranks do not have equally many batches to
+evaluate. Its weights are gathered into a plain twin, which is measured and saved like any timm model.
+"""
+
+import os
+import sys
+from copy import deepcopy
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def start_accelerator(**settings: Any) -> Accelerator:
+    """An Accelerator with these settings, and with FSDP2 wherever `accelerate launch --use_fsdp` asks for it.
+
+    Raises:
+        ValueError: FSDP1 is asked for, which has no shards to save by parameter.
+    """
+    accelerator = Accelerator(**settings)
+    if accelerator.num_processes == 1 and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        print(
+            "warning: this is one process: `accelerate launch --cpu` needs MPI for more. Without MPI: "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 recipes/train.py ...",
+            file=sys.stderr,
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") != "true" or accelerator.num_processes == 1:
+        return accelerator
+    state: Any = accelerator.state
+    plugin = getattr(state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_version is {plugin.fsdp_version}; allowed: 2, by --fsdp_version 2")
+    # All ranks build the same weights from the seed. Loading them from one fails in accelerate 1.15 on models with
+    # buffers, for which it expects shards.
+    plugin.cpu_ram_efficient_loading = False
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:  # where accelerate replicates without a word
+        state.fsdp_plugin = plugin
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator
+
+
+def plain_twin(net: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The model to measure and save: the model itself, or a copy if `prepare` is to shard it."""
+    return deepcopy(net) if accelerator.distributed_type == DistributedType.FSDP else net
+
+
+@torch.no_grad()
+def gather(net: nn.Module, twin: nn.Module) -> None:
+    """Copy the weights of a sharded model into its twin; to be called on all ranks."""
+    if twin is not net:
+        mine = twin.state_dict()
+        for name, value in net.state_dict().items():
+            mine[name].copy_(whole(value))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be a shard; to be called on all ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, sharded as the other one is, if it is."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)

@@ -1,0 +1,39 @@
+"""Rates of pipelines: the arithmetic on a clock that is known, and rows for a few images."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from recipes.benchmark_pipeline import images_per_second, noise, pipeline_rows
+
+
+def test_a_rate_leaves_out_the_first_batch(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    used = []
+
+    def use(images, labels):
+        now[0] += 60.0 if not used else 0.5
+        used.append(len(labels))
+
+    loader = [(torch.zeros(n, 1), torch.zeros(n)) for n in (4, 6, 5)]
+    rate = images_per_second(loader, use, device="cpu", seconds=2.1)
+    # 2.5 seconds: the rest of the first pass, and the second one.
+    assert used == [4, 6, 5, 4, 6, 5] and rate == (6 + 5 + 4 + 6 + 5) / 2.5
+
+
+def test_noise_is_images_in_ten_classes():
+    split = noise(21)
+    assert np.bincount(split.labels).tolist() == [3] + [2] * 9
+    pixels = np.stack([np.asarray(split.read(i, "RGB")) for i in range(21)])
+    assert pixels.shape == (21, 32, 32, 3) and pixels.std() == pytest.approx(256 / 12**0.5, rel=0.02)
+
+
+def test_every_pipeline_has_a_row():
+    rows = pipeline_rows(noise(16), batch_size=8, workers=1, seconds=0.01)
+    assert [row["pipeline"] for row in rows] == ["decode once", "resident", "workers", "train"]
+    for row in rows:
+        assert row["images/s"] > 0
+        assert row["times training"] == pytest.approx(row["images/s"] / rows[-1]["images/s"])
