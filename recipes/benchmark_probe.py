@@ -30,7 +30,7 @@ from recipes.benchmark_tables import Row, compared, in_turn, milliseconds
 from recipes.checkpoint import create_model
 from recipes.config import TrainConfig
 from recipes.data import eval_transform, load_splits, open_dataset
-from recipes.longtail import build_manifest
+from recipes.longtail import choose_images
 
 __all__ = ["features_in_memory", "full_batch_nc1", "peer", "share_of_evaluation", "share_of_training"]
 
@@ -245,15 +245,7 @@ def share_of_training(rounds: int) -> Iterator[Row]:
 def default_run(config: TrainConfig) -> tuple[nn.Module, Tensor, Tensor, dict[str, Any], Any]:
     """Model, images (N, C, H, W), labels (N,), groups and class counts of a run of recipes/train.py."""
     split, _ = load_splits(open_dataset(config.dataset))
-    manifest = build_manifest(
-        split.labels,
-        split.class_names,
-        profile=config.profile,
-        parameters=config.profile_parameters,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-        fingerprint=split.fingerprint,
-    )
+    manifest = choose_images(config, split)
     torch.manual_seed(config.seed)
     net = create_model(config, len(split.class_names))
     data_config = resolve_input_data_config(net)

@@ -5,7 +5,7 @@
 reads run folders that recipes/train.py has finished, puts those together that differ by nothing but their seed, and
 prints a Markdown table: mean ± standard deviation (of the sample) of test accuracy in %, NC1 to NC4 on the training
 images, and evaluations per image; with `--ci`, mean ± half of the 95 % confidence interval of the mean (Student's t).
-Takes a second.
+Takes some seconds.
 """
 
 import json
@@ -13,10 +13,13 @@ import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from recipes.config import TrainConfig
 
 NOT_SETTINGS = ("seed", "output")
 
@@ -71,14 +74,18 @@ def table(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]], *, interval: bo
 
 
 def differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each, the settings in which it differs from another, `model_args` spelt out."""
-    flat = []
+    """For each, the settings in which it differs from another and from the defaults, `model_args` and `loss_args` spelt
+    out."""
+    defaults, flat = asdict(TrainConfig(output="-")), []
     for setting in settings:
-        arguments = {f"model_args.{key}": value for key, value in (setting.get("model_args") or {}).items()}
-        flat.append({**{key: value for key, value in setting.items() if key != "model_args"}, **arguments})
+        spelt = {}
+        for key, value in setting.items():
+            spelt |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        flat.append(spelt)
     keys = dict.fromkeys(key for setting in flat for key in setting)
     differing = [key for key in keys if len({json.dumps(setting.get(key)) for setting in flat}) > 1]
-    return [" ".join(f"{key}={s[key]}" for key in differing if key in s) or "defaults" for s in flat]
+    told = [[key for key in differing if key in s and s[key] != defaults.get(key)] for s in flat]
+    return [" ".join(f"{key}={s[key]}" for key in keys) or "defaults" for s, keys in zip(flat, told, strict=True)]
 
 
 def measurements(results: Mapping[str, Any]) -> dict[str, float]:

@@ -236,6 +236,17 @@ def train_transform(
     return transforms.Compose([*frame, *primary[1:], *secondary, *final, *([Cutout(cutout)] if cutout else [])])
 
 
+def image_mode(channels: int) -> str:
+    """PIL's mode of images of that many channels.
+
+    Raises:
+        ValueError: it has none for them.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"the model takes images of {channels} channels; allowed: 1 or 3")
+    return {1: "L", 3: "RGB"}[channels]
+
+
 class ImageView(Dataset[tuple[torch.Tensor, int]]):
     """Some rows of a split, decoded and transformed: item i is (image (C, H, W), class).
 
@@ -250,11 +261,9 @@ class ImageView(Dataset[tuple[torch.Tensor, int]]):
     """
 
     def __init__(self, split: ImageSplit, indices: Any, transform, *, channels: int = 3, seed: int = 0):
-        if channels not in (1, 3):
-            raise ValueError(f"the model takes images of {channels} channels; allowed: 1 or 3")
         self.split, self.indices = split, np.asarray(indices, dtype=np.int64)
         self.labels = split.labels[self.indices]
-        self.transform, self.mode, self.seed = transform, {1: "L", 3: "RGB"}[channels], seed
+        self.transform, self.mode, self.seed = transform, image_mode(channels), seed
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -18,6 +18,7 @@ from recipes.data import (
     eval_batches,
     eval_loader,
     eval_transform,
+    image_mode,
     train_loader,
     train_transform,
 )
@@ -135,12 +136,14 @@ def choose_pipeline(
         budget_bytes: most that resident images may take, in 8 bits per channel.
 
     Raises:
-        ValueError: an unknown mode, or images that are to be resident with an augmentation that workers must do.
+        ValueError: an unknown mode, a model that takes neither 1 nor 3 channels, or images that are to be resident with
+            an augmentation that workers must do.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"pipeline is {mode!r}; allowed: {', '.join(map(repr, get_args(Mode)))}")
     augmentation, device = dict(augmentation or {}), torch.device(device)
     size = data_config["input_size"]
+    image_mode(size[0])
     need = images * int(np.prod(size))
     tensor = f"{images} images of {' x '.join(map(str, size))} bytes take {need / 2**30:.3g} GiB on {device}"
     obstacles = [f"{name} {augmentation[name]!r}" for name in _BY_WORKERS if augmentation.get(name)]

@@ -58,8 +58,10 @@ def decode(
     batch_size = max(1, _AT_ONCE // int(np.prod(size)))
     loader = eval_loader(view, batch_size=batch_size, rank=0, world=1, workers=workers)
     with tqdm(total=len(view), desc=f"decoding {split.name}", unit="image", mininterval=0.5, leave=False) as bar:
+        done = 0  # the bar does not count where it is not shown, which is on all ranks but one
         for images, _ in loader:
-            pixels[bar.n : bar.n + len(images)] = images
+            pixels[done : done + len(images)] = images
+            done += len(images)
             bar.update(len(images))
     return ResidentImages(pixels, torch.from_numpy(view.labels).to(device))
 

@@ -31,6 +31,14 @@ def test_seeds_are_put_together_and_settings_apart(tmp_path, capsys):
     assert twin == "| model_args.equilibrium=False | 1 | 80.0 | - | 0.5 | 0.5 | 1 | - |"
 
 
+def test_what_all_runs_share_and_what_is_a_default_goes_without_saying(tmp_path, capsys):
+    base = dict(seed=0, accuracy=0.5, sampler="instance", loss_args={}, lr=0.3, defer=0)
+    changes = ({}, {"sampler": "reverse", "defer": 2}, {"loss": "focal", "loss_args": {"gamma": 1}})
+    assert main([run(tmp_path / str(i), **base | change) for i, change in enumerate(changes)]) == 0
+    names = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert names == ["| defaults", "| sampler=reverse defer=2", "| loss=focal loss_args.gamma=1"]
+
+
 @pytest.mark.parametrize(("n", "t"), [(2, 12.706), (5, 2.776), (31, 2.042)])  # of any printed table
 def test_intervals_are_those_of_students_tables(n, t, tmp_path, capsys):
     values = [50 + (-1) ** i * (i // 2 + 1) for i in range(n)]

@@ -1,11 +1,13 @@
 """Resident images and the choice between them and workers, against PIL and the loaders that decode anew."""
 
 import io
+from functools import partial
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import tqdm
 from PIL import Image, ImageOps
 
 from recipes.augment import Augmentation
@@ -87,6 +89,18 @@ def by_pil(split, row, choice, pad):
 
 
 AUGMENTATION = dict(crop_pad=3, hflip=0.5, cutout=4, re_prob=0.5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_decodes_the_images_whether_it_shows_a_bar_or_not(split, monkeypatch, rank):
+    monkeypatch.setattr("recipes.resident._AT_ONCE", 2000)  # several batches
+    monkeypatch.setattr("recipes.resident.tqdm", partial(tqdm, disable=rank > 0))
+    frame = eval_transform(CONFIG).transforms[:-2]
+    for picture, index in zip(decode(split, INDICES, CONFIG).pixels, INDICES, strict=True):
+        image = split.read(int(index), "RGB")
+        for part in frame:
+            image = part(image)
+        assert np.array_equal(picture.permute(1, 2, 0).numpy(), np.asarray(image))
 
 
 def test_training_images_are_pils_by_seed_and_draw(split):
