@@ -36,7 +36,7 @@ def test_what_all_runs_share_and_what_is_a_default_goes_without_saying(tmp_path,
     changes = ({}, {"sampler": "reverse", "defer": 2}, {"loss": "focal", "loss_args": {"gamma": 1}})
     assert main([run(tmp_path / str(i), **base | change) for i, change in enumerate(changes)]) == 0
     names = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert names == ["| defaults", "| sampler=reverse defer=2", "| loss=focal loss_args.gamma=1"]
+    assert names == ["| defaults", "| defer=2 sampler=reverse", "| loss=focal loss_args.gamma=1"]
 
 
 @pytest.mark.parametrize(("n", "t"), [(2, 12.706), (5, 2.776), (31, 2.042)])  # of any printed table
