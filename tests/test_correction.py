@@ -150,3 +150,14 @@ def test_an_output_that_cannot_be_split():
     correction = FixedPointCorrection(Equilibrium(Affine()), at=(1, 2))
     with pytest.raises(ValueError, match="logits must have a multiple of 3 rows"):
         correction.split(torch.zeros(4, 2))
+
+
+def test_a_solve_that_failed_leaves_nothing_behind():
+    layer = Equilibrium(Affine(), solver=Picard(1e-6, 50))
+    with FixedPointCorrection(layer, at=[1]) as correction:
+        handle = layer.cell.register_forward_pre_hook(lambda cell, args: 1 / float(args[0].max() < 1.9))
+        with pytest.raises(ZeroDivisionError):
+            layer(torch.ones(1, 1))
+        handle.remove()
+        early, last = correction.split(layer(3 * torch.ones(1, 1)))
+    assert early.item() == 3 and last.item() == pytest.approx(6)

@@ -154,6 +154,33 @@ def test_majority_does_not_swamp_the_balanced_scatter():
         pooled.within(balanced(counts))
 
 
+@pytest.mark.parametrize("arguments", [{}, {"class_counts": COUNTS, "partition": [5, 4, 3, 2, 1, 0]}])
+def test_spread_of_each_class(arguments):
+    """tr(B^T S_k B), also where a scatter is scaled by the count and kept under another number."""
+    x, labels = samples()
+    moments = feed(ClassMoments(K, d, **arguments), x, labels, 13)
+    B = torch.randn(d, 3, generator=torch.Generator().manual_seed(5)).double()
+    for k in range(K):
+        only = torch.zeros(K).double().index_fill_(0, torch.tensor([k]), 1)
+        S = full_batch(x, labels, only)[2]
+        (spread,) = moments.spread(B, torch.tensor([k])).tolist()
+        assert spread == pytest.approx(float(torch.trace(B.T @ S @ B)), rel=1e-10, abs=1e-9)
+    assert ClassMoments(K, d, class_counts=COUNTS).update(x, labels).spread(B, torch.arange(K)) is None
+    assert ClassMoments(K, d, scatter=False).update(x, labels).spread(B, torch.arange(K)) is None
+
+
+def test_scatter_added_afterwards_is_that_of_the_pass():
+    x, labels = samples()
+    late = feed(ClassMoments(K, d, scatter=False), x[:70], labels[:70], 9)
+    assert late.scatter.numel() == 0 and not late.resolves(balanced())
+    with pytest.raises(ValueError, match="these moments were made with scatter=False"):
+        late.within(balanced())
+    for part in (slice(0, 30), slice(30, 70)):
+        late.add_scatter(x[part], labels[part])
+    feed(late, x[70:], labels[70:], 9)
+    assert close(late.within(balanced()), full_batch(x, labels, balanced())[2])
+
+
 def test_pooled_scatter_refuses_other_samples_than_declared():
     x, labels = samples()
     moments = ClassMoments(K, d, class_counts=COUNTS).update(x[:60], labels[:60])

@@ -402,6 +402,35 @@ def test_a_classifier_that_is_called_twice_is_no_classifier():
         run(Twice().eval(), *data())
 
 
+def test_a_failed_update_forgets_its_forward_pass():
+    model, (x, labels) = Net().eval(), data()
+    with torch.no_grad(), NCProbe(model) as probe:
+        model(x)
+        model(x)
+        with pytest.raises(ValueError, match="got 2"):
+            probe.update(labels)
+        model(x)
+        probe.update(labels)
+    assert probe.compute().samples == 57
+
+
+def test_conventions_by_a_second_look_are_those_of_the_moments():
+    """On imbalanced data, where the weights of classes matter."""
+    model, (x, labels) = Net().double().eval(), data()
+    papers = ["papyan2020", "zhu2021", "fang2021"]
+    report = run(model, x.double(), labels, conventions=papers, groups=GROUPS)
+    with torch.no_grad():
+        moments = ClassMoments(K, d).update(model.features(x.double()), labels)
+    expected = measure(moments, model.fc.weight, model.fc.bias, conventions=papers, groups=GROUPS)
+    for paper in papers:
+        for name, value in expected.conventions[paper].items():
+            if name != "nc4":
+                assert report.conventions[paper][name] == pytest.approx(value, rel=1e-10), (paper, name)
+    assert report.conventions["papyan2020"]["nc4"] == pytest.approx(
+        1 - run(model, x.double(), labels, center="empirical").nc4
+    )
+
+
 def test_a_failed_update_counts_nothing():
     model, (x, labels) = Net().eval(), data()
     with torch.no_grad(), NCProbe(model) as probe:
