@@ -191,6 +191,7 @@ class Measurement:
             "center": self.center,
             "classes": tuple(shown.tolist()),
             "samples": int(n.sum()),
+            "num_classes": self.num_present,
             "class_count": tuple(n.tolist()),
         }
         if len(shown):

@@ -3,10 +3,22 @@
 import torch
 from torch import Tensor
 
-__all__ = ["check_batch", "check_proportion", "check_scatters", "examine", "short"]
+__all__ = ["check_batch", "check_proportion", "check_samples", "check_scatters", "examine", "short"]
 
 # K d^2 float64 that may be taken without having been asked for: K = 100 classes of d = 512 features fit.
 SCATTER_BYTES = 256 * 2**20
+
+
+def check_samples(batch_size: int, labels: Tensor, mask: Tensor | None) -> None:
+    """Looks at what is said of the samples of a forward pass: labels (B,), and a bool mask (B,) or none.
+
+    Raises:
+        ValueError: they have another shape or type.
+    """
+    if labels.shape != (batch_size,):
+        raise ValueError(f"labels must have shape ({batch_size},) as the batch has, got {tuple(labels.shape)}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != labels.shape):
+        raise ValueError(f"mask must be bool {tuple(labels.shape)}, got {mask.dtype} {tuple(mask.shape)}")
 
 
 def check_batch(features: Tensor, labels: Tensor, num_features: int) -> None:

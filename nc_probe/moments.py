@@ -161,7 +161,7 @@ class ClassMoments:
                 self.scatter = self.mean.new_zeros(self.num_scatters, self.num_features, self.num_features)
             for x, of in zip(features.split(ROWS), labels.split(ROWS), strict=True):
                 of = of.to(self.device).long()
-                self._add_scatter(x.detach().to(self.device, torch.float64) - self.mean[of], of)
+                self._add_scatter(x.detach().to(self.device) - self.mean[of], of)
         return self
 
     def merge(self, other: "ClassMoments") -> Self:
@@ -288,7 +288,7 @@ class ClassMoments:
         delta = torch.zeros_like(ref)
         rows = ROWS if x.device.type == "cpu" else len(x)
         for part, of in zip(x.split(rows), slot.split(rows), strict=True):
-            delta.index_add_(0, of, part.double() - ref[of])
+            delta.index_add_(0, of, part - ref[of])
         delta /= n_b.clamp(min=1)[:, None]
         self.count.index_copy_(0, klass, n.long())
         mean = ref + delta * (n_b / n.clamp(min=1))[:, None]
@@ -300,7 +300,7 @@ class ClassMoments:
         if self.num_scatters > 1:
             rows = len(x)  # many scatters want many rows at a time
         for part, of in zip(x.split(rows), slot.split(rows), strict=True):
-            y = part.double() - shift[of]
+            y = part - shift[of]  # in float64, as the means are
             self.trace.index_add_(0, klass[of], y.square().sum(1))
             self._add_scatter(y, klass[of])
 

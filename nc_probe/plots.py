@@ -1,34 +1,59 @@
-"""Pictures of a report. Needs matplotlib; draws on figures of its own and leaves pyplot alone."""
+"""Pictures of a report. Needs matplotlib; draws on figures of its own and leaves pyplot alone.
+
+`plot_grams` and `plot_angles` compare classes two by two, `plot_depth` goes through the layers of a model,
+`plot_iterates` through the steps of a solver.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from nc_probe.geometry import simplex_etf_cosine
+from nc_probe.pairwise import TILE, unit
 from nc_probe.report import CollapseReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_grams"]
+__all__ = ["plot_angles", "plot_depth", "plot_grams", "plot_iterates"]
+
+ORDERS = ("group", "frequency")
 
 # Up to this many classes the cells are labelled with their values, and the axes with the classes.
 MAX_VALUES, MAX_NAMES = 12, 40
 
+# Groups in their order, after all classes in black. Okabe & Ito (2008): told apart by readers of any colour vision.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 
-def plot_grams(report: CollapseReport, *, class_names: Sequence[str] | None = None, title: str | None = None) -> Figure:
+CURVES = (("NC1: spread within classes / between", "nc1"), ("NC2: distance to simplex ETF", "nc2"), ("CDNV", "cdnv"))
+MAX_TICKS = 12
+
+# Angles are counted in steps of half a degree, and shown in bars of the first width that makes at most MAX_BARS.
+STEP, WIDTHS, MAX_BARS = 0.5, (1, 2, 5), 40
+
+
+def plot_grams(
+    report: CollapseReport,
+    *,
+    order: str = "group",
+    class_names: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Figure:
     """Cosines of all pairs of centred class means, and of classifier rows, side by side.
 
-    Classes stand in the order of the report's groups, with lines between groups. At collapse both pictures are one
-    colour off the diagonal, that of -1/(K-1), which the colour bar marks; merged minority classes are a dark red
-    block.
+    At collapse both pictures are one colour off the diagonal, that of -1/(K-1), which the colour bar marks; merged
+    minority classes are a dark red block.
 
     Args:
         report: of all classes, or of a group.
+        order: of the classes: "group" (those of each group of the report together, with lines between groups) or
+            "frequency" (by falling number of samples).
         class_names: K names. Default: the class numbers.
         title: above both.
 
@@ -36,31 +61,33 @@ def plot_grams(report: CollapseReport, *, class_names: Sequence[str] | None = No
         A figure; `figure.savefig(path)` writes it.
 
     Raises:
-        ValueError: the report holds no class means, or there are too few names.
+        ValueError: the report holds no class means, there are too few names, or an unknown order.
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("nc_probe.plots needs matplotlib: pip install 'timm-deq[recipes]'") from error
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
     gram = report.gram
     if gram is None:
         raise ValueError("report must hold class means, got a report without samples")
-    order, spans = _order(report)
-    total = max(order) + 1
+    position = {k: i for i, k in enumerate(report.classes)}
+    if order == "frequency":
+        classes, spans = sorted(report.classes, key=lambda k: -report.class_count[position[k]]), []
+    else:
+        classes, spans = _by_group(report)
+    total = max(classes) + 1
     if class_names is not None and len(class_names) < total:
         raise ValueError(f"class_names must name {total} classes, got {len(class_names)}")
-    names = [str(k) if class_names is None else class_names[k] for k in order]
+    names = [str(k) if class_names is None else class_names[k] for k in classes]
 
-    position = {k: i for i, k in enumerate(report.classes)}
-    rows = torch.tensor([position[k] for k in order])
+    rows = torch.tensor([position[k] for k in classes])
     panels = [("class means (centred)", gram[rows][:, rows])]
     if report.gram_weight is not None:
         panels.append(("classifier rows", report.gram_weight[rows][:, rows]))
 
-    figure = Figure(figsize=(4.6 * len(panels) + 1.0, 5.1), layout="constrained")
+    figure = _figure(4.6 * len(panels) + 1.0, 5.1, title)
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     colors = ScalarMappable(Normalize(-1, 1), "RdBu_r")
     for ax, (label, gram) in zip(axes, panels, strict=True):
@@ -68,17 +95,196 @@ def plot_grams(report: CollapseReport, *, class_names: Sequence[str] | None = No
         ax.set_title(label, fontsize=11, pad=20 if spans else 6)
         _annotate(ax, gram, spans)
         _name_axes(ax, names, left=ax is axes[0])
+        if order == "frequency":
+            ax.set_xlabel("classes, most frequent first", fontsize=9)
     bar = figure.colorbar(colors, ax=list(axes), shrink=0.82, label="cosine")
-    if len(order) > 1:
-        ideal = -1 / (len(order) - 1)
+    if len(classes) > 1:
+        ideal = simplex_etf_cosine(report.num_classes)
         bar.ax.axhline(ideal, color="black", linewidth=1.5)
         bar.ax.text(-0.15, ideal, "ETF", ha="right", va="center", fontsize=8, transform=bar.ax.get_yaxis_transform())
+    return figure
+
+
+def plot_depth(report: CollapseReport, *, title: str | None = None) -> Figure:
+    """NC1, NC2 and CDNV of all classes and of each group against depth: layer by layer, and at last the features.
+
+    A measure that spans a factor of ten or more is on a logarithmic axis. What is undefined leaves a gap.
+
+    Args:
+        report: with `layers`.
+        title: above all.
+
+    Returns:
+        A figure; `figure.savefig(path)` writes it.
+
+    Raises:
+        ValueError: the report holds no layers.
+        ImportError: matplotlib is missing.
+    """
+    if not report.layers:
+        raise ValueError("report must hold layers, got none: NCProbe(model, layers='stages') measures them")
+    return _curves({"layer": [*report.layers.items(), ("features", report)]}, title)
+
+
+def plot_iterates(report: CollapseReport, *, title: str | None = None) -> Figure:
+    """NC1, NC2 and CDNV of all classes and of each group against the iterates of a solve, from its input H0 to z*.
+
+    Axes are as in `plot_depth`. A model with several equilibrium layers has a row of panels for each.
+
+    Args:
+        report: with `iterates`.
+        title: above all.
+
+    Returns:
+        A figure; `figure.savefig(path)` writes it.
+
+    Raises:
+        ValueError: the report holds no iterates.
+        ImportError: matplotlib is missing.
+    """
+    if not report.iterates:
+        raise ValueError("report must hold iterates, got none: NCProbe(model, iterates=True) measures them")
+    solves: dict[str, list[tuple[str, CollapseReport]]] = {}
+    for name, place in report.iterates.items():
+        layer, _, step = name.rpartition(".")
+        solves.setdefault(f"iterate of {layer}" if layer else "iterate", []).append((step, place))
+    return _curves(solves, title)
+
+
+def plot_angles(report: CollapseReport, *, title: str | None = None) -> Figure:
+    """Histograms of the angles of all pairs of centred class means, and of classifier rows, in degrees.
+
+    Pairs within each group of the report, and pairs in no group together, are shown apart, each as its share. At
+    collapse all stand at the angle of the simplex ETF, arccos(-1/(K-1)), which is marked; merged classes stand at 0.
+
+    Args:
+        report: of all classes, two or more of them with samples.
+        title: above both.
+
+    Returns:
+        A figure; `figure.savefig(path)` writes it.
+
+    Raises:
+        ValueError: the report holds fewer than two class means.
+        ImportError: matplotlib is missing.
+    """
+    if report.means is None or len(report.means) < 2:
+        raise ValueError(f"report must hold two class means or more, got {len(report.classes)}")
+    panels = [("class means (centred)", report.means)]
+    if report.weight is not None:
+        panels.append(("classifier rows", report.weight))
+    figure = _figure(5.2 * len(panels), 3.9, title)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
+
+    classes = torch.tensor(report.classes)
+    members = [torch.isin(classes, torch.tensor(group.classes)) for group in report.groups.values()]
+    labels = [*(f"within {name}" for name in report.groups), "other pairs" if members else "all pairs"]
+    counts = [_count_angles(rows, members) for _, rows in panels]
+    etf = math.degrees(math.acos(simplex_etf_cosine(report.num_classes)))
+    seen = STEP * torch.stack(counts).sum((0, 1)).nonzero()[:, 0]
+    low, high = (min(float(seen.min()), etf), max(float(seen.max()), etf)) if len(seen) else (etf, etf)
+    width = next((w for w in WIDTHS if high - low <= w * MAX_BARS), WIDTHS[-1])
+    edges = torch.arange(0, 180 + width, width).numpy()
+    for ax, (label, _), count in zip(axes, panels, counts, strict=True):
+        bars = count.view(len(count), -1, int(width / STEP)).sum(2)
+        for name, bar, color in zip(labels, bars, [*_colors(members), "black"], strict=True):
+            pairs = int(bar.sum())
+            if pairs:
+                text = f"{name}: {pairs}"
+                ax.stairs((100 * bar / pairs).numpy(), edges, label=text, color=color, fill=True, alpha=0.35)
+                ax.stairs((100 * bar / pairs).numpy(), edges, color=color, linewidth=1)
+        ax.axvline(etf, color="black", linestyle="--", linewidth=1.2, label=f"simplex ETF: {etf:.1f}°")
+        _finish(ax, label, "angle, degrees")
+    axes[0].set_xlim(max(low - 2 * width, 0), min(high + 3 * width, 180))
+    axes[0].set_yticks([tick for tick in axes[0].get_yticks() if tick <= 100])
+    axes[0].set_ylim(0, 1.45 * axes[0].get_ylim()[1])  # room for the legends
+    axes[0].set_ylabel("% of the pairs")
+    for ax in axes:
+        ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _figure(width: float, height: float, title: str | None) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("nc_probe.plots needs matplotlib: pip install 'timm-deq[recipes]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
     if title:
         figure.suptitle(title, fontsize=12)
     return figure
 
 
-def _order(report: CollapseReport) -> tuple[list[int], list[tuple[str, int]]]:
+def _colors(groups: Sequence[Any] | Mapping[str, Any]) -> list[str]:
+    return [COLORS[i % len(COLORS)] for i in range(len(groups))]
+
+
+def _curves(rows: Mapping[str, Sequence[tuple[str, CollapseReport]]], title: str | None) -> Figure:
+    """A row of panels for each sequence of named reports, under what its places are."""
+    figure = _figure(11, 3.6 * len(rows), title)
+    for panels, (label, places) in zip(figure.subplots(len(rows), 3, squeeze=False), rows.items(), strict=True):
+        groups = places[-1][1].groups
+        for ax, (measure, key) in zip(panels, CURVES, strict=True):
+            for name, color in zip((None, *groups), ("black", *_colors(groups)), strict=True):
+                values = [getattr(r if name is None else r.groups[name], key) for _, r in places]
+                values = [value if math.isfinite(value) else math.nan for value in values]
+                ax.plot(range(len(places)), values, color=color, label=name or "all", marker="o", markersize=3.5)
+            _finish(ax, measure, label)
+            _scale(ax)
+            # The last place is always named, and none so near before it that their names would meet.
+            step = math.ceil(len(places) / MAX_TICKS)
+            ticks = [*range(0, len(places) - step, step), len(places) - 1]
+            names = [places[i][0] for i in ticks]
+            ax.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 3 else 0)
+        if groups:
+            panels[0].legend(frameon=False, fontsize=8.5)
+    return figure
+
+
+def _scale(ax: Axes) -> None:
+    """A logarithmic axis for what spans a factor of ten or more."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    values = [float(y) for line in ax.get_lines() for y in line.get_xydata()[:, 1] if math.isfinite(y)]  # pyright: ignore
+    if values and min(values) > 0 and max(values) >= 10 * min(values):
+        ax.set_yscale("log")
+        if max(values) < 1e3 * min(values):
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    elif values:
+        ax.set_ylim(0, 1.08 * max(values) or 1)
+
+
+def _count_angles(rows: Tensor, members: Sequence[Tensor]) -> Tensor:
+    """Pairs of rows (m, d) by their angle in steps of STEP, (G + 1, 180 / STEP).
+
+    Row g counts pairs within group g, whose members (m,) bool are given; the last, pairs that are in no group
+    together. K x K cosines are never held.
+    """
+    bins, directions = round(180 / STEP), unit(rows)
+    counts = torch.zeros(len(members) + 1, bins, dtype=torch.int64)
+    for start in range(0, len(rows), TILE):
+        cosines = directions[start : start + TILE] @ directions.T
+        rest = cosines.isfinite() & torch.ones_like(cosines, dtype=torch.bool).triu(start + 1)
+        bin = (cosines.clamp(-1, 1).acos().rad2deg() / STEP).nan_to_num().long().clamp(max=bins - 1)
+        for g, member in enumerate(members):
+            within = rest & member[start : start + TILE, None] & member
+            counts[g] += torch.bincount(bin[within], minlength=bins)
+        for member in members:
+            rest = rest & ~(member[start : start + TILE, None] & member)
+        counts[-1] += torch.bincount(bin[rest], minlength=bins)
+    return counts
+
+
+def _finish(ax: Axes, title: str, label: str) -> None:
+    ax.set_title(title, fontsize=10.5, loc="left")
+    ax.set_xlabel(label)
+    ax.grid(alpha=0.25, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _by_group(report: CollapseReport) -> tuple[list[int], list[tuple[str, int]]]:
     """The classes, those of each group together, and (name, first position) of the groups; "" if in no group."""
     order: list[int] = []
     spans: list[tuple[str, int]] = []

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nc_probe import ranks
 from nc_probe.assembly import CENTERS, Measurement, atoms, check_groups, measure
 from nc_probe.cache import FeatureCache, Kept
+from nc_probe.checks import check_samples
 from nc_probe.conventions import check_conventions
 from nc_probe.heads import count_classes, find_head, is_compiled, unwrap
 from nc_probe.moments import ClassMoments
@@ -230,13 +231,11 @@ class NCProbe:
         given = self._output.take()
         features = given if self._input is None else self._input.take()
         if features is None or features.ndim != 2:
-            shape = None if features is None else tuple(features.shape)
-            raise ValueError(f"a model without classifier must give a tensor (B, d), got {shape}")
-        if labels.shape != features.shape[:1]:
-            raise ValueError(f"labels must have shape ({len(features)},) as the batch has, got {tuple(labels.shape)}")
+            raise ValueError(
+                f"a model without classifier must give a tensor (B, d), got {getattr(given, 'shape', None)}"
+            )
+        check_samples(len(features), labels, mask)
         if mask is not None:
-            if mask.dtype != torch.bool or mask.shape != labels.shape:
-                raise ValueError(f"mask must be bool {tuple(labels.shape)}, got {mask.dtype} {tuple(mask.shape)}")
             features, labels = features[mask.to(features.device)], labels[mask.to(labels.device)]
         if not self._looks:
             read = [(stream, stream.read(mask)) for stream in (*self._layers, *self._solves)]
@@ -312,11 +311,12 @@ class NCProbe:
             features_dtype=stream.dtype,
         )
         looked, source = None, "absent: features exceed cache_bytes and spill_bytes, and there was no second pass"
-        if self._looks:
+        exact = self._deferred and not self._cache.over
+        if self._looks and not exact:
             looked, source = self._looks[index].finish(sync=sync), "from a second pass over the samples"
         elif not self._cache.over:
-            bases = measurement.bases if self._deferred else []
-            weights = measurement.class_weights if self._deferred and self.spectrum else None
+            bases = measurement.bases if exact else []
+            weights = measurement.class_weights if exact and self.spectrum else None
             look = SecondLook(moments, bases, weights)
             for batch in self._cache:
                 look.add(batch, stream.columns, index)
@@ -327,4 +327,4 @@ class NCProbe:
             correct = ranks.total(correct) if sync else correct
         agree = None if looked is None or stream.linear is None else looked.agree
         agreement = Agreement(correct, None if looked is None else looked.nearest, agree, source)
-        return measurement.report(agreement, looked if self._deferred and not self._looks else None)
+        return measurement.report(agreement, looked if exact else None)

@@ -48,6 +48,7 @@ class CollapseReport:
         center: "balanced" (every class counts once in centre, S_W, S_B and NC4) or "empirical" (by its count).
         classes: the classes reported.
         samples: of these classes.
+        num_classes: K of the geometry that they are compared with: all classes with samples.
         nc1: tr(S_W S_B^+)/K, with the rank and the condition of the centred means it rests on.
         nc1_source: where the scatter for it came from, or why it is absent.
         nc1_trace: tr S_W / tr S_B.
@@ -82,6 +83,7 @@ class CollapseReport:
     center: str
     classes: tuple[int, ...]
     samples: int
+    num_classes: int = 0
     nc1: float = NAN
     nc1_rank: int = 0
     nc1_condition: float = NAN
@@ -184,8 +186,13 @@ class CollapseReport:
         for kind in _NESTED[1:]:
             reports = getattr(self, kind)
             if reports:
-                rows = [(kind, *(label for label, _ in _SHORT))]
-                rows += [(name, *(_number(getattr(r, key)) for _, key in _SHORT)) for name, r in reports.items()]
+                known = [
+                    (label, key)
+                    for label, key in _SHORT
+                    if any(getattr(r, key) == getattr(r, key) for r in reports.values())
+                ]
+                rows = [(kind, *(label for label, _ in known))]
+                rows += [(name, *(_number(getattr(r, key)) for _, key in known)) for name, r in reports.items()]
                 text += ["", *_lines(rows)]
         for paper, values in self.conventions.items():
             text += _wrap(f"{paper}: " + ", ".join(f"{name} {_number(value)}" for name, value in values.items()))

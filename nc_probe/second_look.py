@@ -84,7 +84,7 @@ class SecondLook:
         with exact_arithmetic(device):
             for features, labels, chosen in zip(*(t.split(rows) for t in batch), strict=True):
                 labels, chosen = labels.to(device).long(), chosen.to(device)
-                x = features[:, columns].to(device, torch.float64) - self.moments.mean[labels]
+                x = features[:, columns].to(device) - self.moments.mean[labels]  # in float64, as the means are
                 self._add(x, labels, chosen[:, classifier] if chosen.shape[1] else None)
 
     def _add(self, x: Tensor, labels: Tensor, chosen: Tensor | None) -> None:

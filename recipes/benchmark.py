@@ -1,6 +1,6 @@
 """Measure this package beside its peers, on the same inputs, in one run.
 
-    python recipes/benchmark.py [solvers] [probe] [--device cuda] [--json benchmark.json] [--figures .github]
+    python recipes/benchmark.py [solvers] [probe] [pipeline] [--device cuda] [--json benchmark.json] [--figures .github]
 
 prints the machine and the versions, and Markdown tables, a ratio below 1 being in our favour:
 
@@ -8,6 +8,8 @@ prints the machine and the versions, and Markdown tables, a ratio below 1 being 
 * `probe`: neural collapse against three passes of accumulators, its share of an evaluation and of training, and NC1
   where class means merge. Five minutes on two CPU cores; see recipes/benchmark_probe.py and
   recipes/benchmark_merged.py.
+* `pipeline`: images a second that the input pipeline delivers, beside those that a model trains at. A minute; see
+  recipes/benchmark_pipeline.py.
 
 Without a name it does all of them.
 """
@@ -53,8 +55,14 @@ def probe(args: argparse.Namespace) -> Tables:
     }
 
 
+def pipeline(args: argparse.Namespace) -> Tables:
+    from recipes import benchmark_pipeline as part
+
+    return {"pipeline": part.pipeline_rows(device=args.device)}
+
+
 # Each part gives its tables by name, with their rows as they are measured.
-PARTS: dict[str, Callable[[argparse.Namespace], Tables]] = {"solvers": solvers, "probe": probe}
+PARTS: dict[str, Callable[[argparse.Namespace], Tables]] = {"solvers": solvers, "probe": probe, "pipeline": pipeline}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Pictures of a run. They are drawn on figures of their own; pyplot and its global state are left alone."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from nc_probe import CollapseReport
@@ -18,6 +22,7 @@ from timm_deq import SolveLog, Status
 
 # Okabe & Ito (2008): told apart by readers of any colour vision.
 COLORS = {"overall": "#000000", "majority": "#0072B2", "minority": "#D55E00"}
+_CLASS_COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #F0E442 #000000 #999999 #882255".split()
 COLORS |= {"many": "#0072B2", "medium": "#009E73", "few": "#D55E00"}
 _STYLE: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
 _FLOOR = 1e-16  # where a residual of 0 is drawn on a logarithmic axis
@@ -247,3 +252,76 @@ def _finish(axes: Axes, title: str, label: str) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def sample_evenly(labels: np.ndarray, limit: int, *, seed: int) -> np.ndarray:
+    """Choose about as many samples of every class: the most that makes no more than `limit` of all.
+
+    Args:
+        labels: classes, (N,).
+
+    Returns:
+        Sorted indices of at most `limit` samples; a class with too few gives all that it has.
+    """
+    _, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    most = next((n for n in range(limit, 1, -1) if np.minimum(counts, n).sum() <= limit), 1)
+    generator = np.random.default_rng(seed)
+    chosen = [generator.permutation(np.flatnonzero(labels == k))[:most] for k in range(len(counts))]
+    return np.sort(generator.permutation(np.concatenate(chosen))[:limit])
+
+
+def tsne_figure(
+    features: np.ndarray,
+    labels: np.ndarray,
+    *,
+    groups: Mapping[str, Sequence[int]],
+    class_names: Sequence[str],
+    seed: int,
+    title: str,
+) -> Figure:
+    """Features in the plane by t-SNE: a colour for each class, a marker for each group.
+
+    Source: van der Maaten & Hinton, "Visualizing data using t-SNE", JMLR 9, 2008. Neighbours are kept, distances are
+    not.
+
+    Args:
+        features: (N, d), N of 4 or more.
+        labels: classes, (N,).
+        groups: classes of each group; may be none.
+        class_names: names of the K classes. Up to 20 classes have theirs at the sample next to their median; of more a
+            colour bar tells the numbers.
+        seed: of the embedding, which starts from the two principal components.
+        title: above the picture.
+    """
+    from sklearn.manifold import TSNE  # takes a second to import, and the other pictures do not need it
+
+    # The two components exist if the features vary in two directions.
+    plane = np.linalg.matrix_rank(features - features.mean(0)) > 1
+    perplexity = min(30, (len(features) - 1) / 3)
+    embedding = TSNE(perplexity=perplexity, init="pca" if plane else "random", random_state=seed, n_jobs=1)
+    points = embedding.fit_transform(features)
+    figure = Figure(figsize=(7.6, 7), layout="constrained")
+    axes = figure.subplots()
+    classes = np.unique(labels)
+    shades = ScalarMappable(Normalize(0, max(len(class_names) - 1, 1)), "turbo")
+    colors = _CLASS_COLORS if len(classes) <= len(_CLASS_COLORS) else shades.to_rgba(classes)
+    marker = dict(zip(groups, itertools.cycle("o^sDvP")))
+    for k, color in zip(classes, colors, strict=False):
+        shape = next((marker[name] for name, members in groups.items() if k in members), "x" if groups else "o")
+        axes.scatter(*points[labels == k].T, color=color, marker=shape, s=14, alpha=0.75, linewidths=0.4)
+    if len(classes) <= 20:
+        for k in classes:
+            own = points[labels == k]
+            x, y = own[np.square(own - np.median(own, axis=0)).sum(1).argmin()]
+            text = axes.text(x, y, class_names[int(k)], ha="center", va="center", fontsize=10, weight="bold")
+            text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+    else:
+        figure.colorbar(shades, ax=axes, label="class", shrink=0.8, aspect=40)
+    for name, shape in marker.items():
+        axes.scatter([], [], color="0.35", marker=shape, s=28, label=name)
+    axes.set_title(title, fontsize=10.5)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if groups:
+        figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    return figure

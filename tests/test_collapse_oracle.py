@@ -27,6 +27,7 @@ SHAPES = [
 
 NOT_NUMBERS = {
     "center",
+    "num_classes",
     "nc1_source",
     "nc4_source",
     "means",
@@ -107,6 +108,7 @@ def test_every_number(shape, measured):
         expected = oracles_nc.report(*arrays, center=center, classes=classes)
         names = {f.name for f in dataclasses.fields(part)} - NOT_NUMBERS
         assert set(expected) <= names
+        assert part.num_classes == sum(n > 0 for n in counts)
         for name in names:
             value = getattr(part, name)
             if name == "class_nc1" and pooled and value == ():

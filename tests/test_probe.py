@@ -267,6 +267,13 @@ def test_a_second_pass_instead_of_kept_features():
         assert_same(report, whole)
         assert_same(probe.compute(), whole)
         assert report.nc4_source == "from a second pass over the samples"
+        with NCProbe(model, groups=GROUPS) as kept:
+            model(x)
+            kept.update(labels)
+        with kept.second_pass():  # of no use, and no harm
+            model(x)
+            kept.update(labels)
+        assert_same(kept.compute(), whole)
         with pytest.raises(ValueError, match="second pass must show the samples of the first, got 0 of class 0"):
             with probe.second_pass():
                 model(x[labels > 0])

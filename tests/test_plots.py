@@ -1,0 +1,184 @@
+"""The pictures of a report show its numbers: depth, iterates, angles, classes by frequency."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nc_probe import ClassMoments, measure
+from nc_probe.plots import plot_angles, plot_depth, plot_grams, plot_iterates
+
+K, d = 5, 7
+COUNTS = torch.tensor([5, 40, 8, 5, 20])
+GROUPS = {"majority": [1, 4], "minority": (0, 2, 3)}
+
+
+def example(spread=1.0, *, groups=GROUPS, counts=COUNTS, weight=True):
+    gen = torch.Generator().manual_seed(0)
+    labels = torch.arange(len(counts)).repeat_interleave(counts)
+    means, W = torch.randn(len(counts), d, generator=gen), torch.randn(len(counts), d, generator=gen)
+    x = means.double()[labels] + spread * torch.randn(len(labels), d, generator=gen).double()
+    return measure(ClassMoments(len(counts), d).update(x, labels), W if weight else None, groups=groups)
+
+
+def lines(axes):
+    return {line.get_label(): line.get_xydata() for line in axes.get_lines()}
+
+
+def names(axes):
+    return [text.get_text() for text in axes.get_xticklabels()]
+
+
+@pytest.mark.parametrize("groups", [GROUPS, {}])
+def test_depth_goes_through_the_layers_and_ends_with_the_features(groups):
+    layers = {"stem": example(30, groups=groups), "features": example(3, groups=groups)}  # VGG has a layer of that name
+    report = dataclasses.replace(example(0.1, groups=groups), layers=layers)
+    figure = plot_depth(report, title="t")
+    assert figure.get_suptitle() == "t"
+    reports = [*layers.values(), report]
+    for axes, key in zip(figure.axes, ("nc1", "nc2_etf", "cdnv"), strict=True):
+        assert names(axes) == ["stem", "features", "features"] and axes.get_xlabel() == "layer"
+        shown = lines(axes)
+        assert list(shown) == ["all", *groups]
+        np.testing.assert_array_equal(shown["all"], [(i, getattr(r, key)) for i, r in enumerate(reports)])
+        for name in groups:
+            expected = [(i, getattr(r.groups[name], key)) for i, r in enumerate(reports)]
+            np.testing.assert_array_equal(shown[name], expected)
+        assert axes.get_yscale() == ("linear" if key == "nc2_etf" else "log")
+        low, high = axes.get_ylim()
+        values = np.concatenate([points[:, 1] for points in shown.values()])
+        assert low < values.min() and values.max() < high and (low == 0 or key != "nc2_etf")
+    assert len({line.get_color() for line in figure.axes[0].get_lines()}) == 1 + len(groups)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 11, 12, 29, 50])
+def test_iterates_from_the_input_to_the_equilibrium(steps):
+    places = ["H0", *(f"z{k}" for k in range(1, steps)), "z*"]
+    report = dataclasses.replace(example(), iterates={name: example(0.9**i) for i, name in enumerate(places)})
+    nc1, *_ = plot_iterates(report).axes
+    points = [(i, report.iterates[name].nc1) for i, name in enumerate(places)]
+    np.testing.assert_array_equal(lines(nc1)["all"], points)
+    ticks = nc1.get_xticks()
+    assert [places[int(i)] for i in ticks] == names(nc1) and len(ticks) <= 12
+    assert (names(nc1)[0], names(nc1)[-1]) == ("H0", "z*") and np.diff(ticks).min() == ticks[1] - ticks[0]
+
+
+def test_each_equilibrium_layer_has_its_row():
+    iterates = {f"{layer}.{step}": example(s) for s, layer in ((1, "a"), (2, "b.deq")) for step in ("H0", "z1", "z*")}
+    figure = plot_iterates(dataclasses.replace(example(), iterates=iterates))
+    assert [axes.get_xlabel() for axes in figure.axes[::3]] == ["iterate of a", "iterate of b.deq"]
+    for axes, layer in zip(figure.axes[::3], ("a", "b.deq"), strict=True):
+        assert names(axes) == ["H0", "z1", "z*"]
+        assert lines(axes)["all"][0, 1] == iterates[f"{layer}.H0"].nc1
+
+
+def test_what_is_undefined_leaves_a_gap():
+    collapsed = dataclasses.replace(example(), nc1=math.inf, cdnv=math.nan, nc2_etf=0.0)
+    report = dataclasses.replace(example(), layers={"a": collapsed, "b": collapsed})
+    nc1, nc2, cdnv = plot_depth(report).axes
+    assert np.isnan(lines(nc1)["all"][:2, 1]).all() and np.isnan(lines(cdnv)["all"][:2, 1]).all()
+    assert lines(nc2)["all"][0, 1] == 0 and nc2.get_yscale() == "linear"  # which a logarithm would not show
+
+
+def angles(rows):
+    """Degrees between rows i < j, by arctan2 of what is across and along."""
+    found = {}
+    for i, a in enumerate(rows.numpy()):
+        for j, b in enumerate(rows.numpy()[:i]):
+            along = a @ b / np.linalg.norm(a)
+            across = np.linalg.norm(b - along * a / np.linalg.norm(a))
+            found[j, i] = math.degrees(math.atan2(across, along))
+    return found
+
+
+def bars(axes):
+    """Heights and edges of the histograms, by legend entry."""
+    return {patch.get_label(): patch.get_data() for patch in axes.patches if patch.get_label()}
+
+
+@pytest.mark.parametrize("groups", [GROUPS, {}, {"a": [0, 1, 2], "b": [2, 3, 0]}, {"some": [4, 2]}])
+def test_angles_of_pairs_by_group(groups):
+    report = example(groups=groups)
+    means, rows = plot_angles(report).axes
+    for axes, vectors in ((means, report.means), (rows, report.weight)):
+        found = angles(vectors)
+        parts = {f"within {name}": [p for p in found if set(p) <= set(of)] for name, of in groups.items()}
+        together = {p for pairs in parts.values() for p in pairs}
+        parts["other pairs" if groups else "all pairs"] = [p for p in found if p not in together]
+        shown = bars(axes)
+        assert list(shown) == [f"{name}: {len(pairs)}" for name, pairs in parts.items()]
+        for (heights, edges, _), pairs in zip(shown.values(), parts.values(), strict=True):
+            expected, _ = np.histogram([found[p] for p in pairs], edges)
+            np.testing.assert_allclose(heights, 100 * expected / len(pairs))
+            assert axes.get_ylim()[1] > heights.max()
+        (etf,) = [line for line in axes.get_lines() if "ETF" in line.get_label()]
+        assert etf.get_xdata()[0] == pytest.approx(104.47751218592992)  # of a tetrahedron's kin: arccos(-1/4)
+        low, high = axes.get_xlim()
+        assert all(low <= angle <= high for angle in found.values()) and low < 104 < high
+
+
+def test_angles_without_the_classes_that_have_no_samples():
+    report = example(counts=torch.tensor([3, 0, 4, 5]), groups={"pair": [1, 2, 3]})
+    shown = bars(plot_angles(report).axes[0])
+    assert list(shown) == ["within pair: 1", "other pairs: 2"]
+    heights, edges, _ = shown["within pair: 1"]
+    assert heights[np.histogram([angles(report.means)[1, 2]], edges)[0] > 0] == [100]
+
+
+def test_angles_of_many_classes_are_counted_in_tiles():
+    counts = torch.ones(700, dtype=torch.int64)
+    report = example(0, groups={"few": range(505, 530)}, counts=counts, weight=False)
+    (axes,) = plot_angles(report).axes
+    inside, other = bars(axes).values()
+    found = angles(report.means[505:530])
+    np.testing.assert_allclose(inside[0], 100 / 300 * np.histogram(list(found.values()), inside[1])[0])
+    u = torch.nn.functional.normalize(report.means)
+    every = (u @ u.T).clamp(-1, 1).acos().rad2deg()[torch.ones(700, 700).triu(1).bool()]
+    counted = np.histogram(every, other[1])[0] - np.histogram(list(found.values()), other[1])[0]
+    np.testing.assert_allclose(other[0], 100 * counted / (700 * 699 / 2 - 300))
+
+
+def test_angles_at_collapse_stand_at_the_etf():
+    etf = torch.eye(4).double() - 1 / 4
+    moments = ClassMoments(4, 4).update(etf, torch.arange(4))
+    (axes,) = plot_angles(measure(moments, None)).axes
+    ((heights, edges, _),) = bars(axes).values()
+    assert heights.max() == 100 and edges[heights.argmax()] == 109 and edges[1] - edges[0] == 1  # 109.47 degrees
+    merged = dataclasses.replace(measure(moments, torch.ones(4, 4)), groups={})
+    _, rows = plot_angles(merged).axes
+    assert rows.get_xlim()[0] == 0 and next(iter(bars(rows).values()))[0][0] == 100
+
+
+def test_a_class_at_the_centre_has_no_angle():
+    x = torch.tensor([[1.0, 0], [-1, 0], [0, 0]])
+    (axes,) = plot_angles(measure(ClassMoments(3, 2).update(x, torch.arange(3)), None)).axes
+    assert list(bars(axes)) == ["all pairs: 1"]
+
+
+def test_grams_by_falling_frequency():
+    report = example()
+    left, right, _ = plot_grams(report, order="frequency", class_names="abcde").axes
+    assert names(left) == list("becad") and left.get_xlabel() == "classes, most frequent first"
+    order = torch.tensor([1, 4, 2, 0, 3])  # of equal frequency by number
+    for axes, gram in ((left, report.gram), (right, report.gram_weight)):
+        torch.testing.assert_close(torch.as_tensor(axes.images[0].get_array().data), gram[order][:, order])
+    few = example(counts=torch.tensor([0, 3, 0, 9]), groups={})  # positions are not class numbers
+    assert names(plot_grams(few, order="frequency").axes[0]) == ["3", "1"]
+
+
+@pytest.mark.parametrize(
+    "draw, message",
+    [
+        (lambda r: plot_grams(r, order="size"), r"order must be one of \('group', 'frequency'\), got 'size'"),
+        (plot_depth, "report must hold layers, got none: NCProbe"),
+        (plot_iterates, "report must hold iterates, got none: NCProbe"),
+        (lambda r: plot_angles(example(counts=torch.tensor([0, 4]), groups={})), "two class means or more, got 1"),
+        (lambda r: plot_angles(example(groups={"none": []}).groups["none"]), "two class means or more, got 0"),
+    ],
+)
+def test_a_report_without_what_is_asked_for(draw, message):
+    with pytest.raises(ValueError, match=message) as error:
+        draw(example())
+    assert "\n" not in str(error.value)
