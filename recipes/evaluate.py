@@ -99,6 +99,10 @@ def run(args: argparse.Namespace) -> None:
     folder = None if args.output is None else new_folder(args.output)
     config, manifest = settings(args)
     groups = {} if manifest is None else manifest.groups
+    if args.adjust_tau is not None:
+        check(manifest is not None, "adjust_tau", args.adjust_tau, "not given without a run, which has counts")
+        corrected = correction(config)
+        check(corrected is None, "adjust_tau", args.adjust_tau, f"not given, as {corrected} has corrected already")
     accelerator = Accelerator()
     with accelerator.main_process_first():
         images = open_split(config, args.split)
@@ -198,12 +202,9 @@ def settings(args: argparse.Namespace) -> tuple[TrainConfig, Manifest | None]:
     given = {name: value for name, value in vars(args).items() if name in IMAGE_FLAGS}
     folder = Path(args.model)
     if not folder.is_dir():
-        check(args.adjust_tau is None, "adjust_tau", args.adjust_tau, "not given without a run, which has counts")
         pretrained = args.pretrained or ":" in args.model
         return TrainConfig(output=".", model=args.model, pretrained=pretrained, **given), None
     config = read_config(folder)
-    if args.adjust_tau is not None and (corrected := correction(config)):
-        raise ValueError(f"adjust_tau is {args.adjust_tau}; allowed: not given, as {corrected} has corrected already")
     return replace(config, model=args.model, **given), Manifest.load(folder / "manifest.json")
 
 
