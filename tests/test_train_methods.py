@@ -126,6 +126,16 @@ def test_a_limit_of_updates_ends_the_run_on_the_schedule_of_the_whole(words, str
     assert all(after[key] == before[key] for key in ("test", "test_per_class", "collapse", "selected", "images"))
 
 
+def test_classes_are_reweighted_from_the_epoch_on(words, straight, tmp_path):
+    flags = "--reweight_epoch 1 --checkpoint_every 1 --keep_checkpoints 99 --max_updates 6".split()
+    assert main(["--output", str(tmp_path / "x"), *words, *EXPLICIT, *flags]) == 0
+    for update, same in ((4, True), (5, True), (6, False)):  # an epoch has 5
+        name = f"states/{update:08d}/state.safetensors"
+        ours, theirs = load_file(tmp_path / "x" / name), load_file(straight / name)
+        weights = [key for key in ours if key.startswith(".model") and key.endswith("fc.weight")]
+        assert [torch.equal(ours[key], theirs[key]) for key in weights] == [same]
+
+
 def test_a_manifest_stands_for_the_profile_it_was_made_by(words, straight, tmp_path, capsys):
     manifest = straight / "manifest.json"
     assert main(["--output", str(tmp_path / "x"), *words, "--manifest", str(manifest), "--max_updates", "1"]) == 0
