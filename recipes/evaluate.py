@@ -65,6 +65,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; allowed: what --help lists")
 
+    def add_images(self) -> None:
+        """The flags IMAGE_FLAGS; those that are not given are not in the result."""
+        group = self.add_argument_group("images", "for a run folder those of the run, else as in recipes/train.py")
+        for name, (kind, text) in IMAGE_FLAGS.items():
+            group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
+
 
 def read_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; --help prints and exits. IMAGE_FLAGS that are not given are not in the result.
@@ -87,9 +93,7 @@ def read_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--adjust-tau", type=float, metavar="TAU", help="subtract TAU log(share of the class) from logits; say 1")
     flag("--tau-normalise", type=float, metavar="TAU", help="divide class vectors by length^TAU, 0 to 1")
     flag("--output", help="folder to create; one that exists is never touched")
-    images = parser.add_argument_group("images", "for a run folder those of the run, else as in recipes/train.py")
-    for name, (kind, text) in IMAGE_FLAGS.items():
-        images.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
+    parser.add_images()
     return parser.parse_args(argv)
 
 
@@ -109,11 +113,7 @@ def run(args: argparse.Namespace) -> None:
     num_classes = len(images.class_names)
 
     set_seed(config.seed)  # random weights are the same on every rank
-    if manifest is not None:
-        net: Any = load_run(Path(args.model))
-    else:
-        net = create_model(config, None if config.pretrained else num_classes)
-    net.to(accelerator.device)
+    net = open_model(config, manifest, num_classes).to(accelerator.device)
     if net.num_classes != num_classes:
         raise ValueError(
             f"model {args.model!r} knows {net.num_classes} classes; allowed: a model of {num_classes}, "
@@ -206,6 +206,13 @@ def settings(args: argparse.Namespace) -> tuple[TrainConfig, Manifest | None]:
         return TrainConfig(output=".", model=args.model, pretrained=pretrained, **given), None
     config = read_config(folder)
     return replace(config, model=args.model, **given), Manifest.load(folder / "manifest.json")
+
+
+def open_model(config: TrainConfig, manifest: Manifest | None, num_classes: int) -> Any:
+    """The model of a run, whose manifest is given, or one of timm: of `num_classes` if its weights are random."""
+    if manifest is not None:
+        return load_run(Path(config.model))
+    return create_model(config, None if config.pretrained else num_classes)
 
 
 def open_split(config: TrainConfig, name: str) -> ImageSplit:

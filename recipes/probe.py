@@ -33,10 +33,10 @@ from torch.utils.data import DataLoader
 from nc_probe import CONVENTIONS, CollapseReport, NCProbe
 from nc_probe.plots import plot_angles, plot_depth, plot_grams, plot_iterates
 from recipes.accuracy import sum_over_ranks
-from recipes.checkpoint import create_model, load_run, new_folder, to_json, whole_folder, write_text
+from recipes.checkpoint import new_folder, to_json, whole_folder, write_text
 from recipes.config import TrainConfig
 from recipes.data import ImageSplit, ImageView, eval_loader, eval_transform
-from recipes.evaluate import IMAGE_FLAGS, Parser, open_split, settings
+from recipes.evaluate import Parser, open_model, open_split, settings
 from recipes.faults import exit_code
 from recipes.figures import sample_evenly, tsne_figure
 from recipes.longtail import Manifest
@@ -78,9 +78,7 @@ def read_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--second-pass", action="store_true", help="keep no features: show the images twice instead; no t-SNE then")
     flag("--no-tsne", action="store_true", help="draw no t-SNE of features")
     flag("--output", help="folder to create; one that exists is never touched")
-    images = parser.add_argument_group("images", "for a run folder those of the run, else as in recipes/train.py")
-    for name, (kind, text) in IMAGE_FLAGS.items():
-        images.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
+    parser.add_images()
     return parser.parse_args(argv)
 
 
@@ -100,10 +98,7 @@ def run(args: argparse.Namespace) -> None:
     groups = chosen_groups(args, {} if manifest is None else manifest.groups, num_classes)
 
     set_seed(config.seed)  # random weights are the same on every rank
-    if manifest is not None:
-        net: Any = load_run(Path(args.model))
-    else:
-        net = create_model(config, None if config.pretrained else num_classes)
+    net = open_model(config, manifest, num_classes)
     if args.no_classifier:
         net.reset_classifier(0)
     net.to(accelerator.device).eval()
