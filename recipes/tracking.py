@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import get_available_trackers
@@ -21,15 +22,28 @@ def check_tracker(name: str | None) -> None:
         raise ValueError(f"tracker {name!r} needs the package {package}; allowed: none, or after pip install {package}")
 
 
-def start_tracker(accelerator: Any, name: str | None, run: str, settings: Mapping[str, Any]) -> None:
-    """Begin a run of the tracker, named `run`, with the settings of training beside it."""
+def start_tracker(accelerator: Any, name: str | None, folder: Path, settings: Mapping[str, Any], updates: int) -> None:
+    """Begin the tracker's record of a run, or go on with it.
+
+    Args:
+        accelerator: whose `log` then reaches the tracker.
+        name: of the tracker; None for none.
+        folder: of the run, whose name the record bears, and which tensorboard and wandb write to.
+        settings: of training; stand beside the metrics.
+        updates: done before, above 0 in a run that goes on: what was logged of later ones counts no more.
+    """
     if name is None:
         return
     project = "tensorboard" if name == "tensorboard" else "timm-deq"  # the former is a folder in that of the run
     plain = {
         key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in settings.items()
     }
-    accelerator.init_trackers(project, config=plain, init_kwargs={key: {"name": run} for key in ("trackio", "wandb")})
+    begin = {
+        "tensorboard": {"purge_step": updates + 1 if updates else None},
+        "trackio": {"name": folder.name, "resume": "allow" if updates else "never"},
+        "wandb": {"name": folder.name, "dir": str(folder), "resume": "auto"},  # by a file in `dir`, of a run cut short
+    }
+    accelerator.init_trackers(project, config=plain, init_kwargs={name: begin[name]})
 
 
 def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

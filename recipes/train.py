@@ -169,7 +169,7 @@ def train(config: TrainConfig) -> None:
     if start.restored:
         progress, total = states.restore(start.restored)
         started -= sum(record["seconds"] for record in progress.records)
-    start_tracker(accelerator, config.tracker, folder.name, asdict(config))
+    start_tracker(accelerator, config.tracker, folder, asdict(config), progress.updates)
 
     shown: dict[str, str] = {}  # beside the progress bar
     saved, report = "none", None
@@ -296,9 +296,11 @@ def train(config: TrainConfig) -> None:
             if accelerator.is_main_process:
                 save_checkpoint(measured, folder / "checkpoint", data_config=data_config, class_names=class_names)
         confusion, solver, log, *_ = evaluate(measured, test_eval, accelerator, len(class_names))
+        test = accuracies(confusion, manifest.groups)
+        accelerator.log(scalars({"test": test}), step=progress.updates)
         if accelerator.is_main_process:
             results = {
-                "test": accuracies(confusion, manifest.groups),
+                "test": test,
                 "test_per_class": dict(zip(class_names, recalls(confusion).tolist(), strict=True)),
                 "collapse": report.as_dict(per_class=True),
                 "solver": solver,
