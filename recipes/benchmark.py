@@ -1,6 +1,6 @@
 """Measure this package beside its peers, on the same inputs, in one run.
 
-    python recipes/benchmark.py [solvers] [probe] [pipeline] [--device cuda] [--json benchmark.json] [--figures .github]
+    python recipes/benchmark.py [solvers] [probe] [pipeline] [presets] [--device cuda] [--json FILE] [--figures FOLDER]
 
 prints the machine and the versions, and Markdown tables, a ratio below 1 being in our favour:
 
@@ -10,6 +10,8 @@ prints the machine and the versions, and Markdown tables, a ratio below 1 being 
   recipes/benchmark_merged.py.
 * `pipeline`: images a second that the input pipeline delivers, beside those that a model trains at. A minute; see
   recipes/benchmark_pipeline.py.
+* `presets`: what a run of each preset costs at most, foretold from a few updates. Three minutes on two CPU cores; see
+  recipes/benchmark_presets.py.
 
 Without a name it does all of them.
 """
@@ -61,8 +63,19 @@ def pipeline(args: argparse.Namespace) -> Tables:
     return {"pipeline": part.pipeline_rows(device=args.device)}
 
 
+def presets(args: argparse.Namespace) -> Tables:
+    from recipes import benchmark_presets as part
+
+    return {"presets": part.preset_rows(args.device, args.rounds)}
+
+
 # Each part gives its tables by name, with their rows as they are measured.
-PARTS: dict[str, Callable[[argparse.Namespace], Tables]] = {"solvers": solvers, "probe": probe, "pipeline": pipeline}
+PARTS: dict[str, Callable[[argparse.Namespace], Tables]] = {
+    "solvers": solvers,
+    "probe": probe,
+    "pipeline": pipeline,
+    "presets": presets,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

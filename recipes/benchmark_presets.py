@@ -1,0 +1,137 @@
+"""Foretell what each preset costs: from its images and epochs, and from a few updates of its model on random pixels.
+
+Every solve is made to take all of its steps, so what is told is the most that a run takes. A model that is fast to
+solve takes less: digits converge after 16 of 20 evaluations. The input pipeline is left out; `pipeline` measures it.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from recipes.benchmark_pipeline import training_step
+from recipes.benchmark_tables import Row
+from recipes.checkpoint import create_model
+from recipes.config import TrainConfig, parse
+from recipes.longtail import build_manifest
+from timm_deq import Equilibrium, Implicit
+
+PRESETS = sorted((Path(__file__).parent / "presets").glob("*.yaml"))
+
+# Classes, images of each in the training split, images of the test split.
+DATA = {
+    "digits": (10, 120, 597),
+    "uoft-cs/cifar10": (10, 5000, 10_000),
+    "uoft-cs/cifar100": (100, 500, 10_000),
+    "imagenet": (1000, 1300, 50_000),  # 1300 of most classes, at least 732 of all
+}
+NEVER = 1e-30  # a tolerance that no solve meets
+
+
+def preset_rows(
+    device: torch.device, rounds: int, *, presets: Sequence[Path] = PRESETS, batch_size: int | None = None
+) -> Iterator[Row]:
+    """What a run of each preset costs at most.
+
+    Args:
+        device: of the model; cuda runs it in bfloat16 as the presets' commands do.
+        rounds: updates that are timed, after one that is not.
+        presets: YAML files of settings.
+        batch_size: images of an update; that of the preset if not given, on the CPU 16 at most.
+
+    Yields:
+        A row of: the preset; its images, those of an epoch of training; floating-point operations in 10^9 of one image
+        in training (there and back) and in 10^15 of the run, evaluation included; images per second in training; hours.
+    """
+    for path in presets:
+        config = parse(["--output", "-", "--config", str(path)])
+        classes, trained, tested = images_of(config)
+        net = create_model(config, classes).to(device)
+        for layer in net.modules():
+            if isinstance(layer, Equilibrium):
+                layer.solver = replace(layer.solver, tol=NEVER)
+                if isinstance(layer.gradient, Implicit):
+                    layer.gradient = Implicit(replace(layer.gradient.solver, tol=NEVER))
+        size = batch_size or (config.batch_size if device.type == "cuda" else min(config.batch_size, 16))
+        side = config.img_size or net.pretrained_cfg["input_size"][-1]
+        images = torch.randn(size, net.pretrained_cfg["input_size"][0], side, side, device=device)
+        labels = torch.arange(size, device=device) % classes
+        update = training_step(net)
+
+        def train(images=images, labels=labels, update=update):
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                update(images, labels)
+
+        def evaluate(net=net, images=images):
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                net(images)
+
+        work, seconds = {}, {}
+        for name, run in (("train", train), ("evaluate", evaluate)):
+            net.train(name == "train")
+            work[name], seconds[name] = operations(run) / size, seconds_of(run, rounds, device) / size
+
+        def total(costs, trained=trained, tested=tested):
+            return trained * costs["train"] + tested * costs["evaluate"]
+
+        yield {
+            "preset": path.stem,
+            "images": trained // config.epochs,
+            "epochs": config.epochs,
+            "GFLOP / image": work["train"] / 1e9,
+            "PFLOP": total(work) / 1e15,
+            "images/s": 1 / seconds["train"],
+            "hours": total(seconds) / 3600,
+        }
+
+
+def images_of(config: TrainConfig) -> tuple[int, int, int]:
+    """Classes of a run, and how often an image is trained on and is evaluated in all of it."""
+    classes, each, tested = DATA[config.dataset]
+    manifest = build_manifest(
+        np.repeat(np.arange(classes), each),
+        tuple(map(str, range(classes))),
+        profile=config.profile,
+        parameters=config.profile_parameters,
+        fingerprint="",
+        **config.only("val_fraction", "seed"),
+    )
+    images, every = len(manifest.indices), config.probe_every
+    probes = 1 + (len(range(0, config.epochs, every)) if every else 0)  # the last epoch is always measured
+    return classes, images * config.epochs, images * probes + len(manifest.validation) * (config.epochs + 1) + tested
+
+
+def operations(run: Callable[[], None]) -> int:
+    """Floating-point operations of matrix products and convolutions, two for a multiplication and addition."""
+    with _Counter() as counter:
+        run()
+    return counter.total
+
+
+class _Counter(TorchDispatchMode):
+    """`torch.utils.flop_counter.FlopCounterMode`, whose hooks on modules refuse a gradient within a backward pass."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def seconds_of(run: Callable[[], None], rounds: int, device: torch.device) -> float:
+    """Mean seconds of a call, after the one that has counted its operations."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    for _ in range(rounds):
+        run()
+    wait()
+    return (time.perf_counter() - started) / rounds
