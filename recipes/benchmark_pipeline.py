@@ -4,12 +4,15 @@ A pipeline is fast enough if it gives several times the images per second that t
 for, and what it costs of the same processors is small.
 """
 
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import datasets
 import numpy as np
+import psutil
 import timm
 import torch
 from PIL import Image
@@ -18,12 +21,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import timm_deq  # noqa: F401  registers the models
+from recipes.benchmark_tables import Row
 from recipes.data import ImageSplit
-from recipes.pipeline import ImageSet, choose_pipeline
+from recipes.pipeline import choose_pipeline
 from recipes.sampling import EpochSampler
-
-Row = dict[str, Any]
-"""One line of a table, by the heading of its columns."""
 
 AUGMENTATION = {"crop_pad": 4, "hflip": 0.5}
 
@@ -57,14 +58,15 @@ def pipeline_rows(
         seconds: least time that each is measured for.
 
     Returns:
-        A row for each of: decoding all images once, batches of resident images, batches of workers, training; with
-        images per second, and how often that is the rate of training.
+        A row for each of: decoding all images once, batches of resident images, training on them, batches of workers;
+        with images per second, how often that is the rate of training, and MiB of memory.
     """
     split = noise(10_000) if split is None else split
     net: Any = timm.create_model(model, num_classes=len(split.class_names)).to(device)
     rates: dict[str, float] = {}
-    sets: dict[str, ImageSet] = {}
-    for mode in ("resident", "workers"):
+    memory: dict[str, float] = {}
+
+    def load(mode: Any) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         pipeline = choose_pipeline(
             mode,
             images=len(split.labels),
@@ -73,19 +75,58 @@ def pipeline_rows(
             device=device,
             workers=workers,
         )
+        images = pipeline.load(split, np.arange(len(split.labels)))
+        return images.train_loader(EpochSampler(images.labels, batch_size=batch_size))
+
+    def rate(loader: Any, use: Callable[[torch.Tensor, torch.Tensor], None]) -> float:
+        return images_per_second(loader, use, device=device, seconds=seconds)
+
+    with measured_memory(memory, "decode once"):
         started = time.perf_counter()
-        sets[mode] = pipeline.load(split, np.arange(len(split.labels)))
-        if mode == "resident":
-            rates["decode once"] = len(split.labels) / (time.perf_counter() - started)
-    loaders = {
-        mode: images.train_loader(EpochSampler(images.labels, batch_size=batch_size)) for mode, images in sets.items()
-    }
-    for mode, loader in loaders.items():
-        rates[mode] = images_per_second(loader, lambda images, labels: None, device=device, seconds=seconds)
-    rates["train"] = images_per_second(loaders["resident"], training_step(net), device=device, seconds=seconds)
+        loader = load("resident")
+        rates["decode once"] = len(split.labels) / (time.perf_counter() - started)
+    with measured_memory(memory, "resident"):
+        rates["resident"] = rate(loader, lambda images, labels: None)
+    with measured_memory(memory, "train"):
+        rates["train"] = rate(loader, training_step(net))
+    del loader
+    with measured_memory(memory, "workers"):
+        rates["workers"] = rate(load("workers"), lambda images, labels: None)
     return [
-        {"pipeline": name, "images/s": rate, "times training": rate / rates["train"]} for name, rate in rates.items()
+        {"pipeline": name, "images/s": rate, "times training": rate / rates["train"], "MiB": memory[name]}
+        for name, rate in rates.items()
     ]
+
+
+@contextmanager
+def measured_memory(peaks: dict[str, float], name: str, *, every: float = 0.5) -> Iterator[None]:
+    """Puts into `peaks` under `name` the most MiB that this process and those it has started hold meanwhile, looked at
+    every so many seconds. A page that processes share counts once (PSS, on Linux) or for each (RSS, elsewhere)."""
+    done, peaks[name] = threading.Event(), _memory()
+
+    def look() -> None:
+        while not done.wait(every):
+            peaks[name] = max(peaks[name], _memory())
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        peaks[name] = max(peaks[name], _memory())
+
+
+def _memory() -> float:
+    total, process = 0, psutil.Process()
+    for each in (process, *process.children(recursive=True)):
+        try:
+            info = each.memory_full_info()
+        except psutil.NoSuchProcess:  # it has ended since
+            continue
+        total += getattr(info, "pss", info.rss)
+    return total / 2**20
 
 
 def training_step(net: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], None]:

@@ -1,12 +1,14 @@
 """Rates of pipelines: the arithmetic on a clock that is known, and rows for a few images."""
 
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 
-from recipes.benchmark_pipeline import images_per_second, noise, pipeline_rows
+from recipes.benchmark_pipeline import images_per_second, measured_memory, noise, pipeline_rows
 
 
 def test_a_rate_leaves_out_the_first_batch(monkeypatch):
@@ -33,7 +35,25 @@ def test_noise_is_images_in_ten_classes():
 
 def test_every_pipeline_has_a_row():
     rows = pipeline_rows(noise(16), batch_size=8, workers=1, seconds=0.01)
-    assert [row["pipeline"] for row in rows] == ["decode once", "resident", "workers", "train"]
+    assert [row["pipeline"] for row in rows] == ["decode once", "resident", "train", "workers"]
     for row in rows:
-        assert row["images/s"] > 0
-        assert row["times training"] == pytest.approx(row["images/s"] / rows[-1]["images/s"])
+        assert row["images/s"] > 0 and row["MiB"] > 50
+        assert row["times training"] == pytest.approx(row["images/s"] / rows[2]["images/s"])
+
+
+def test_memory_is_that_of_all_processes_at_its_peak():
+    peaks, size = {}, 256
+    with measured_memory(peaks, "before"):
+        pass
+    with measured_memory(peaks, "own", every=0.01):
+        held = torch.ones(size << 18)  # of 4 bytes
+        time.sleep(0.1)
+        del held
+    hold = f"x = b'1' * ({size} << 20); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with measured_memory(peaks, "other"):
+            pass
+        other.communicate(b"\n")
+    assert peaks["own"] - peaks["before"] == pytest.approx(size, abs=30)
+    assert peaks["other"] - peaks["before"] == pytest.approx(size, abs=30)

@@ -58,4 +58,4 @@ def test_every_solve_takes_all_its_steps(tmp_path):
         work.append(row["GFLOP / image"])
     evaluation = 2 * (2 * 64 * 64 * 9) * 4 * 4 / 1e9  # two convolutions of 64 channels of 4 x 4
     for more in (work[1] - work[0], work[2] - work[1]):
-        assert more == pytest.approx(6 * 2 * evaluation, rel=0.02)  # there and back; the solver's own products are small
+        assert more == pytest.approx(6 * 2 * evaluation, rel=0.02)  # there and back; those of the solver are small
