@@ -5,7 +5,6 @@ import dataclasses
 import math
 import re
 import sys
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from timm.optim import list_optimizers
 
+from recipes.command_line import arranged
 from recipes.contradictions import check_contradictions, profile_settings
 from recipes.mistakes import check, nearest
 
@@ -296,7 +296,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     parser.add_class_arguments(TrainConfig)
     names = [f.name for f in dataclasses.fields(TrainConfig)]
     try:
-        namespace = parser.parse_args(_arranged(argv))
+        namespace = parser.parse_args(arranged(sys.argv[1:] if argv is None else argv, TrainConfig))
     except ArgumentError as error:
         message = re.sub(r'(?:Parser key|Key) "([\w.]+)"', r"\1", " ".join(str(error).split()))
         message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("typing.", "")
@@ -304,21 +304,3 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
             message += nearest(unknown[1] or unknown[2], names) + "; allowed: the flags that --help lists"
         raise ValueError(message) from None
     return TrainConfig(**{name: namespace[name] for name in names})
-
-
-def _arranged(argv: Sequence[str] | None) -> list[str]:
-    """The words of the command line as jsonargparse wants them: --config before the rest, because it lets the later
-    word win, and the words of a list, as in `--correction_at 2 5`, in one."""
-    kinds = {f"--{f.name}": (f.type, *typing.get_args(f.type)) for f in dataclasses.fields(TrainConfig)}
-    flags: list[list[str]] = []
-    for word in sys.argv[1:] if argv is None else argv:
-        if word.startswith("--") or not flags:
-            flags.append([word])
-        else:
-            flags[-1].append(word)
-    for i, (flag, *values) in enumerate(flags):
-        is_list = [typing.get_origin(kind) is list for kind in kinds.get(flag, ())]
-        if any(is_list) and len(values) > (0 if is_list[0] else 1) and not values[0].startswith("["):
-            flags[i] = [flag, f"[{','.join(values)}]"]
-    flags.sort(key=lambda words: words[0].split("=")[0] != "--config")
-    return [word for words in flags for word in words]

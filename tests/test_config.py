@@ -108,6 +108,10 @@ def test_help_explains_every_field(capsys):
         ("--output x --config nowhere.yaml", "nowhere.yaml"),
         ("--output x --config", "--config: expected one argument"),
         ("--output=", "output is ''; allowed: the path of a folder to create"),
+        (
+            "--output x --imbalance step --minority 3 --imbalance=exponential",
+            "--imbalance is given twice, as 'step' and 'exponential'; allowed: once",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(words, message):
@@ -122,6 +126,7 @@ def test_mistakes_are_told_in_one_line(words, message):
         ("output: x\nmodle: resnet18\n", "Option 'modle' is not accepted (did you mean 'model'?)"),
         ("output: x\nepochs: many\n", "epochs: Expected a int. Got value: many"),
         ("output: [\n", "config"),
+        ("output: x\nimbalance: step\nimbalance: exponential\n", "imbalance is given twice in "),
         ("!!python/object/apply:os.getcwd []\n", "config"),
     ],
 )

@@ -1,0 +1,57 @@
+"""Words of a command line, made ready for jsonargparse."""
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+# The later of two flags wins, which scripts rely on, but whoever asks for two profiles wants neither of them alone.
+ONCE = ("--imbalance",)
+
+
+def arranged(words: Sequence[str], config: type) -> list[str]:
+    """The words as jsonargparse wants them: those of --config before the rest, because later ones win, and those of a
+    list, as in `--correction_at 2 5`, in one.
+
+    Args:
+        words: of the command line.
+        config: dataclass of the settings, whose types tell what is a list.
+
+    Raises:
+        ValueError: two imbalance profiles, or a key that stands twice in a file.
+    """
+    kinds = {f"--{f.name}": (f.type, *typing.get_args(f.type)) for f in dataclasses.fields(config)}
+    flags: list[list[str]] = []
+    for word in words:
+        if word.startswith("--"):
+            flags.append(word.split("=", 1))
+        elif flags:
+            flags[-1].append(word)
+        else:
+            flags.append([word])
+    given: dict[str, list[str]] = {}
+    for i, (flag, *values) in enumerate(flags):
+        before = given.setdefault(flag, values)
+        if flag in ONCE and before != values:
+            raise ValueError(f"{flag} is given twice, as {' '.join(before)!r} and {' '.join(values)!r}; allowed: once")
+        if flag == "--config" and values:
+            _check_keys(Path(values[0]))
+        is_list = [typing.get_origin(kind) is list for kind in kinds.get(flag, ())]
+        if any(is_list) and len(values) > (0 if is_list[0] else 1) and not values[0].startswith("["):
+            flags[i] = [flag, f"[{','.join(values)}]"]
+    flags.sort(key=lambda words: words[0] != "--config")
+    return [word for words in flags for word in words]
+
+
+def _check_keys(path: Path) -> None:
+    """Refuse a file that has a key twice, of which YAML takes the last. What else is wrong with it is found later."""
+    try:
+        root = yaml.compose(path.read_text(), yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return
+    keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"{key} is given twice in {str(path)!r}; allowed: once")
