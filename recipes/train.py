@@ -201,7 +201,7 @@ def train(config: TrainConfig) -> None:
                     images = images.to(accelerator.device, non_blocking=True)
                     labels = labels.to(accelerator.device, non_blocking=True)
                     if mix is not None:
-                        images, labels = mix(images, labels, epoch, forward, rank)
+                        images, labels = mix(images, labels, epoch, forward * world + rank)
                     with accelerator.accumulate(model):
                         try:
                             penalised, loss = objective(model(images), labels)
@@ -262,6 +262,7 @@ def train(config: TrainConfig) -> None:
                 confusion, record["solver"], *_ = evaluate(measured, val_eval, accelerator, len(class_names))
                 record["val"] = accuracies(confusion, manifest.groups)
                 shown["val"] = f"{record['val']['overall']:.1%}"
+            record["draws"] = sampler.exposure(step).tolist()  # images of each class that the epoch has trained on
             keep = probing
             if config.select == "best":
                 keep = record["val"]["overall"] > progress.best
@@ -296,6 +297,7 @@ def train(config: TrainConfig) -> None:
             if accelerator.is_main_process:
                 save_checkpoint(measured, folder / "checkpoint", data_config=data_config, class_names=class_names)
         confusion, solver, log, *_ = evaluate(measured, test_eval, accelerator, len(class_names))
+        draws = np.sum([record["draws"] for record in progress.records], axis=0)
         if accelerator.is_main_process:
             results = {
                 "test": accuracies(confusion, manifest.groups),
@@ -304,7 +306,7 @@ def train(config: TrainConfig) -> None:
                 "solver": solver,
                 "selected": {"by": config.select, "epoch": selected},
                 "images": {name: len(images) for name, images in images_of.items()},
-                "draws_per_class": dict(zip(class_names, sampler.exposure(progress.epoch - 1).tolist(), strict=True)),
+                "draws_per_class": dict(zip(class_names, draws.tolist(), strict=True)),
                 "parameters": sum(p.numel() for p in net.parameters()),
                 "seconds": time.perf_counter() - started,
                 **environment(accelerator),
