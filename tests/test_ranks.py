@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from recipes.data import digits
 from recipes.longtail import Manifest
+from recipes.state import read_tree
 from recipes.train import main
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
@@ -52,9 +53,9 @@ def words(tmp_path_factory):
 
 
 def launch(folder, runs, *, sharded=False):
-    """What each of two ranks has seen of runs, which are flags, and where a signal comes; one run after the other."""
+    """What each of two ranks has seen of runs, one after the other, as tests/launched_runs.py takes and tells it."""
     folder.mkdir()
-    (folder / "runs.json").write_text(json.dumps([{"words": words, "stop": stop} for words, stop in runs]))
+    (folder / "runs.json").write_text(json.dumps([{"watched": False, "stop": None} | run for run in runs]))
     device = "--use_fsdp --fsdp_version 2" if sharded else "--multi_gpu"
     launcher = f"accelerate.commands.launch {device} --quiet --num_processes 2 --num_machines 1"
     defaults = "--mixed_precision no --dynamo_backend no tests/launched_runs.py"
@@ -67,15 +68,15 @@ def launch(folder, runs, *, sharded=False):
 # A sampler, and how often it draws each class in 3 epochs of 60 images, 4 updates each.
 SAMPLERS = {
     "instance": 3 * SIZES,
-    "square_root": 180 * np.sqrt(SIZES) / np.sqrt(SIZES).sum(),
+    "square_root --ema_decay 0.5": 180 * np.sqrt(SIZES) / np.sqrt(SIZES).sum(),
     "class_balanced": np.full(4, 45),
     "class_aware --gradient_accumulation_steps 2": np.full(4, 45),
-    "reverse": 180 / SIZES / (1 / SIZES).sum(),
-    "progressively_balanced --gradient_accumulation_steps 2": 1.5 * SIZES + 1.5 * 15,
+    "reverse --ema_decay 0.5": 180 / SIZES / (1 / SIZES).sum(),
+    "progressively_balanced --ema_decay 0.5 --gradient_accumulation_steps 2": 1.5 * SIZES + 1.5 * 15,
     "repeat_factor --gradient_accumulation_steps 2": 3 * SIZES * np.maximum(1, np.sqrt(15 / SIZES)),
     "class_balanced --defer 1": SIZES + 2 * 15,
 }
-TRAINED = "--model test_resnet --model_args.drop_rate 0.3 --lr 0.05 --ema_decay 0.5 --clip_grad 1 --crop_pad 0"
+TRAINED = "--model test_resnet --model_args.drop_rate 0.3 --lr 0.05 --clip_grad 1 --crop_pad 0"
 TRAINED += " --epochs 3 --probe_every 0 --log_every 3"
 
 
@@ -89,8 +90,8 @@ def resumed(words, tmp_path_factory):
         flags = [*words, *TRAINED.split(), "--sampler", *sampler.split()]
         folders[sampler] = [folder / f"straight{i}", folder / f"stopped{i}"]
         straight, stopped = (["--output", str(path), *flags] for path in folders[sampler])
-        runs += [(straight, None), (stopped, [1, 5]), ([*stopped, "--resume", "auto"], None)]
-    seen = launch(folder / "launch", runs)
+        runs += [{"words": straight}, {"words": stopped, "stop": [1, 6]}, {"words": [*stopped, "--resume", "auto"]}]
+    seen = launch(folder / "launch", [run | {"watched": True} for run in runs])
     return {sampler: (*folders[sampler], seen[3 * i : 3 * i + 3]) for i, sampler in enumerate(SAMPLERS)}
 
 
@@ -113,8 +114,11 @@ def test_ranks_that_are_stopped_go_on_to_the_same_numbers(resumed, sampler):
     assert [[rank["code"] for rank in run] for run in runs] == [[0, 0], [143, 143], [0, 0]]
     assert numbers(stopped) == numbers(straight)
     for whole, before, after in zip(*runs, strict=True):
-        assert 0 < len(before["seen"]) < len(whole["seen"]) == len(before["seen"]) + len(after["seen"])
         assert before["seen"] + after["seen"] == whole["seen"]
+        assert len(before["seen"]) % (len(whole["seen"]) // 3)  # in the midst of an epoch
+    generators = [read_tree(path.with_suffix("")) for path in (straight / "states").glob("*/rank-*.json")]
+    drawn = {tuple(each["random"]["torch"].tolist()) for each in generators}
+    assert len(drawn) == len(generators) == 4, "dropout differs between ranks"
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -140,3 +144,103 @@ def test_ranks_share_out_what_the_sampler_asks_for(resumed, sampler):
     draws = np.array(list(json.loads((straight / "results.json").read_text())["draws_per_class"].values()))
     assert draws.tolist() == np.bincount(LABELS, total).tolist()
     assert np.abs(draws - SAMPLERS[sampler]).max() < 2
+
+
+# A model without BatchNorm, whose gradient is a mean over images, so that it cannot depend on how a batch is cut.
+PLAIN = "--model test_vit --model_args.img_size 32 --lr 0.05 --warmup_epochs 0 --epochs 2 --probe_every 0"
+PLAIN += " --log_every 1 --checkpoint_every 1 --keep_checkpoints 99"
+SECOND = "--model {first} --manifest {first}/manifest.json --stage"
+LIKE_ONE = {
+    "linear": "--ema_decay 0.5 --clip_grad 0.5 --mixup_alpha 0.4 --cutmix_alpha 1 --mix_prob 0.8 --label_smoothing 0.1",
+    "cosine": "--classifier cosine --loss ldam --ema_decay 0.5 --clip_grad 1 --reweight_epoch 1",
+    "etf": "--classifier etf --classifier_scale 9 --mixup_alpha 0.4 --clip_grad 1",
+    "crt": f"{SECOND} crt --sampler class_balanced --ema_decay 0.5",
+    "lws": f"{SECOND} lws --cutmix_alpha 1 --clip_grad 0.1",
+}
+
+
+def flags_of(name, words, first, *, accumulation):
+    flags = [*words, *PLAIN.split(), "--gradient_accumulation_steps", str(accumulation)]
+    if name in ("crt", "lws"):  # the manifest and the run say the rest
+        for flag, count in (("--model", 2), ("--model_args.img_size", 2), ("--imbalance", 2), ("--counts", 5)):
+            del flags[flags.index(flag) : flags.index(flag) + count]
+    return [*flags, *LIKE_ONE[name].format(first=first).split()]
+
+
+@pytest.fixture(scope="module")
+def alone(words, tmp_path_factory):
+    """Folder of the runs of one process, by name, and of "first", the first stage of two."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert main(["--output", str(folder / "first"), *words, *PLAIN.split()]) == 0
+    for name in LIKE_ONE:
+        assert main(["--output", str(folder / name), *flags_of(name, words, folder / "first", accumulation=4)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def shared(request, words, alone, tmp_path_factory):
+    """Folder of the runs of two ranks, by name."""
+    folder = tmp_path_factory.mktemp(request.param)
+    runs = [["--output", str(folder / n), *flags_of(n, words, alone / "first", accumulation=2)] for n in LIKE_ONE]
+    seen = launch(folder / "launch", [{"words": run} for run in runs], sharded=request.param == "fsdp2")
+    assert [[rank["code"] for rank in run] for run in seen] == [[0, 0]] * len(runs)
+    return folder
+
+
+def curve(folder):
+    """After every update, the mean loss of the epoch so far."""
+    states = [json.loads(path.read_text())["progress"] for path in sorted(folder.glob("states/*/state.json"))]
+    assert [state["updates"] for state in states] == list(range(9))
+    return [(state["record"] or state["records"][-1])["train_loss"] for state in states[1:]]
+
+
+def learnt(folder, updates):
+    """The weights after some updates, and their moving average, as one vector."""
+    state = load_file(folder / "states" / f"{updates:08d}" / "state.safetensors")
+    return torch.cat([value.flatten().double() for key, value in sorted(state.items()) if key[1] in "ma"])
+
+
+def saved(folder):
+    return load_file(folder / "checkpoint" / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", LIKE_ONE)
+def test_two_ranks_train_like_one_process(alone, shared, name):
+    assert curve(shared / name) == pytest.approx(curve(alone / name), rel=1e-5)
+    start, one, two = learnt(alone / name, 0), learnt(alone / name, 8), learnt(shared / name, 8)
+    assert torch.equal(learnt(shared / name, 0), start)
+    assert (two - one).norm() < 1e-4 * (one - start).norm()
+    mine, theirs = saved(shared / name), saved(alone / name)
+    assert mine.keys() == theirs.keys()
+    for key, value in theirs.items():
+        torch.testing.assert_close(mine[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_frame_stays_what_it_is_on_two_ranks(shared):
+    frame = saved(shared / "etf")["head.linear.weight"] / 9
+    torch.testing.assert_close(frame @ frame.T, 4 / 3 * torch.eye(4) - 1 / 3)
+
+
+@pytest.mark.parametrize("stage", ["crt", "lws"])
+def test_a_second_stage_of_two_ranks_trains_the_classifier_alone(alone, shared, stage):
+    before, after = saved(alone / "first"), saved(shared / stage)
+    assert before.keys() == after.keys()
+    changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    assert changed == {"head.weight", "head.bias"}
+    factors = after["head.weight"] / before["head.weight"]
+    assert ((factors - factors[:, :1]).abs().max() < 1e-5) == (stage == "lws")
+
+
+def test_two_compiled_ranks_train_like_eager_ones(words, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    flags = [*words, *PLAIN.split(), "--model_args.depth", "1"]
+    runs = [
+        ["--output", str(tmp_path / "eager"), *flags],
+        ["--output", str(tmp_path / "fast"), *flags, "--compile", "true"],
+    ]
+    eager, fast = launch(tmp_path / "launch", [{"words": run} for run in runs])
+    assert [rank["code"] for rank in eager + fast] == [0] * 4
+    assert list((tmp_path / "cache").rglob("*.so"))
+    assert curve(tmp_path / "fast") == pytest.approx(curve(tmp_path / "eager"), rel=1e-4)
+    for key, value in saved(tmp_path / "eager").items():
+        torch.testing.assert_close(saved(tmp_path / "fast")[key], value, rtol=1e-4, atol=1e-6)
