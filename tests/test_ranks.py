@@ -80,19 +80,22 @@ TRAINED = "--model test_resnet --model_args.drop_rate 0.3 --lr 0.05 --clip_grad 
 TRAINED += " --epochs 3 --probe_every 0 --log_every 3"
 
 
+def stop_and_resume(folder, flags, *, sharded=False):
+    """For each of some flags: the folders of a run and of one that was stopped in its second epoch and resumed, and
+    what two ranks have seen of the first, and of the second before and after the stop."""
+    pairs, runs = [], []
+    for i, each in enumerate(flags):
+        pairs.append((folder / f"straight{i}", folder / f"stopped{i}"))
+        straight, stopped = (["--output", str(path), *each] for path in pairs[-1])
+        runs += [{"words": straight}, {"words": stopped, "stop": [1, 6]}, {"words": [*stopped, "--resume", "auto"]}]
+    seen = launch(folder / "launch", [run | {"watched": True} for run in runs], sharded=sharded)
+    return [(*pair, seen[3 * i : 3 * i + 3]) for i, pair in enumerate(pairs)]
+
+
 @pytest.fixture(scope="module")
 def resumed(words, tmp_path_factory):
-    """By sampler: the folders of a run and of one that was stopped in its second epoch and resumed, and what two ranks
-    have seen of the first, and of the second before and after the stop."""
-    folder = tmp_path_factory.mktemp("resumed")
-    runs, folders = [], {}
-    for i, sampler in enumerate(SAMPLERS):
-        flags = [*words, *TRAINED.split(), "--sampler", *sampler.split()]
-        folders[sampler] = [folder / f"straight{i}", folder / f"stopped{i}"]
-        straight, stopped = (["--output", str(path), *flags] for path in folders[sampler])
-        runs += [{"words": straight}, {"words": stopped, "stop": [1, 6]}, {"words": [*stopped, "--resume", "auto"]}]
-    seen = launch(folder / "launch", [run | {"watched": True} for run in runs])
-    return {sampler: (*folders[sampler], seen[3 * i : 3 * i + 3]) for i, sampler in enumerate(SAMPLERS)}
+    flags = [[*words, *TRAINED.split(), "--sampler", *sampler.split()] for sampler in SAMPLERS]
+    return dict(zip(SAMPLERS, stop_and_resume(tmp_path_factory.mktemp("resumed"), flags), strict=True))
 
 
 def records_of(folder):
@@ -108,17 +111,33 @@ def numbers(folder):
     return [each | {"seconds": None} for each in read], [file.read_bytes() for file in files]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_ranks_that_are_stopped_go_on_to_the_same_numbers(resumed, sampler):
-    straight, stopped, runs = resumed[sampler]
+def assert_it_went_on(straight, stopped, runs):
     assert [[rank["code"] for rank in run] for run in runs] == [[0, 0], [143, 143], [0, 0]]
     assert numbers(stopped) == numbers(straight)
     for whole, before, after in zip(*runs, strict=True):
         assert before["seen"] + after["seen"] == whole["seen"]
         assert len(before["seen"]) % (len(whole["seen"]) // 3)  # in the midst of an epoch
-    generators = [read_tree(path.with_suffix("")) for path in (straight / "states").glob("*/rank-*.json")]
-    drawn = {tuple(each["random"]["torch"].tolist()) for each in generators}
-    assert len(drawn) == len(generators) == 4, "dropout differs between ranks"
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_ranks_that_are_stopped_go_on_to_the_same_numbers(resumed, sampler):
+    assert_it_went_on(*resumed[sampler])
+
+
+def test_so_do_ranks_that_hold_a_shard_each(words, tmp_path):
+    flags = [*words, *TRAINED.split(), *"--sampler square_root --gradient_accumulation_steps 2".split()]
+    assert_it_went_on(*stop_and_resume(tmp_path, [flags], sharded=True)[0])
+
+
+def test_ranks_drop_out_differently_and_measure_the_same_model(resumed):
+    for straight, *_ in resumed.values():
+        for state in (straight / "states").iterdir():
+            ranks = [read_tree(state / f"rank-{rank}") for rank in (0, 1)]
+            seeds = [torch.Generator().set_state(rank["random"]["torch"]).initial_seed() for rank in ranks]
+            assert seeds[0] != seeds[1]
+            mine, yours = (rank["buffers"].get("average", rank["buffers"]["model"]) for rank in ranks)
+            assert any("running_var" in name for name in mine)
+            assert all(torch.equal(value, yours[name]) for name, value in mine.items())
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
