@@ -200,7 +200,7 @@ def train(config: TrainConfig) -> None:
                 for forward, ((images, labels), weight) in enumerate(zip(batches, weights, strict=True), offset):
                     images = images.to(accelerator.device, non_blocking=True)
                     labels = labels.to(accelerator.device, non_blocking=True)
-                    if mix is not None:
+                    if mix is not None:  # this part of the epoch, counted over all ranks
                         images, labels = mix(images, labels, epoch, forward * world + rank)
                     with accelerator.accumulate(model):
                         try:
