@@ -196,7 +196,7 @@ class BatchMix:
         Args:
             images: (B, C, H, W), normalised.
             labels: (B,).
-            key: numbers of this batch among all of training, such as epoch, forward pass and rank.
+            key: numbers of this batch among all of training, such as the epoch, and of the part in it.
 
         Returns:
             The images, and the share of each class, (B, K), which label smoothing may still be applied to.

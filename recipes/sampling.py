@@ -161,11 +161,14 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         """Images, over all ranks, of the first updates of an epoch, wherever it was started."""
         return sum(len(batch) for batch in np.array_split(np.arange(self.draws), self.updates)[:updates])
 
-    def exposure(self, epochs: int) -> np.ndarray:
-        """How often each class is drawn in the first epochs, over all ranks, (K,) with K - 1 the largest class."""
-        exposure = np.zeros(self.classes[-1] + 1, dtype=np.int64)
-        exposure[self.classes] = self._counts(epochs).sum(0)
-        return exposure
+    def exposure(self, updates: int) -> np.ndarray:
+        """How often each class is drawn in the first updates of this epoch, over all ranks, wherever it was started.
+
+        Returns:
+            (K,), with K - 1 the largest class.
+        """
+        drawn = self.labels[self._drawn()[: self.images(updates)]]
+        return np.bincount(self.classes[drawn], minlength=self.classes[-1] + 1)
 
     def weights(self) -> list[float]:
         """Weight of the mean loss of each forward pass, (len(self),): see the head of this file."""

@@ -200,8 +200,8 @@ def train(config: TrainConfig) -> None:
                 for forward, ((images, labels), weight) in enumerate(zip(batches, weights, strict=True), offset):
                     images = images.to(accelerator.device, non_blocking=True)
                     labels = labels.to(accelerator.device, non_blocking=True)
-                    if mix is not None:
-                        images, labels = mix(images, labels, epoch, forward, rank)
+                    if mix is not None:  # this part of the epoch, counted over all ranks
+                        images, labels = mix(images, labels, epoch, forward * world + rank)
                     with accelerator.accumulate(model):
                         try:
                             penalised, loss = objective(model(images), labels)
@@ -262,6 +262,7 @@ def train(config: TrainConfig) -> None:
                 confusion, record["solver"], *_ = evaluate(measured, val_eval, accelerator, len(class_names))
                 record["val"] = accuracies(confusion, manifest.groups)
                 shown["val"] = f"{record['val']['overall']:.1%}"
+            record["draws"] = sampler.exposure(step).tolist()  # images of each class that the epoch has trained on
             keep = probing
             if config.select == "best":
                 keep = record["val"]["overall"] > progress.best
@@ -298,6 +299,7 @@ def train(config: TrainConfig) -> None:
         confusion, solver, log, *_ = evaluate(measured, test_eval, accelerator, len(class_names))
         test = accuracies(confusion, manifest.groups)
         accelerator.log(scalars({"test": test}), step=progress.updates)
+        draws = np.sum([record["draws"] for record in progress.records], axis=0)
         if accelerator.is_main_process:
             results = {
                 "test": test,
@@ -306,7 +308,7 @@ def train(config: TrainConfig) -> None:
                 "solver": solver,
                 "selected": {"by": config.select, "epoch": selected},
                 "images": {name: len(images) for name, images in images_of.items()},
-                "draws_per_class": dict(zip(class_names, sampler.exposure(progress.epoch - 1).tolist(), strict=True)),
+                "draws_per_class": dict(zip(class_names, draws.tolist(), strict=True)),
                 "parameters": sum(p.numel() for p in net.parameters()),
                 "seconds": time.perf_counter() - started,
                 **environment(accelerator),

@@ -8,11 +8,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from recipes import evaluate
 from recipes.checkpoint import load_run
 from recipes.data import digits, load_splits
 from recipes.longtail import Manifest
+from recipes.losses import Loss
 from recipes.pipeline import choose_pipeline
 from recipes.train import main
 
@@ -53,6 +55,20 @@ def straight(words, tmp_path_factory):
     flags = "--checkpoint_every 1 --keep_checkpoints 99".split()
     assert main(["--output", str(folder), *words, *EXPLICIT, *flags]) == 0
     return folder
+
+
+@pytest.fixture
+def seen():
+    """Classes of the images that training has put the loss on, (B,) for each forward pass."""
+    labels = []
+
+    def note(module, inputs):
+        if isinstance(module, Loss):
+            labels.append(inputs[1].numpy())
+
+    handle = register_module_forward_pre_hook(note)
+    yield labels
+    handle.remove()
 
 
 def results_of(folder):
@@ -108,12 +124,15 @@ def test_methods_train_and_their_models_come_back(words, tmp_path, capsys, flags
     assert row.startswith(f"| - | {100 * results['test']['overall']:.2f} |")
 
 
-def test_a_limit_of_updates_ends_the_run_on_the_schedule_of_the_whole(words, straight, tmp_path):
+def test_a_limit_of_updates_ends_the_run_on_the_schedule_of_the_whole(words, straight, tmp_path, seen):
     folder, flags = tmp_path / "x", [*EXPLICIT, "--max_updates", "8"]
     assert main(["--output", str(folder), *words, *flags]) == 0
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records] == [0, 1, 2] and records[2]["collapse"]["nc1"] > 0
     assert results_of(folder)["selected"] == {"by": "last", "epoch": 2}
+    draws = [np.bincount(np.concatenate([[], *part]).astype(int), minlength=4) for part in ([], seen[:5], seen[5:])]
+    assert [record["draws"] for record in records] == [each.tolist() for each in draws] and sum(draws).sum() == 64
+    assert list(results_of(folder)["draws_per_class"].values()) == sum(draws).tolist()
     ours = load_file(folder / "states" / "00000008" / "state.safetensors")
     theirs = load_file(straight / "states" / "00000008" / "state.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
@@ -123,7 +142,10 @@ def test_a_limit_of_updates_ends_the_run_on_the_schedule_of_the_whole(words, str
     assert main(["--output", str(folder), "--resume", "auto", *words, *flags]) == 0
     assert max(path.name for path in (folder / "states").iterdir()) == "00000008"
     after = results_of(folder)
-    assert all(after[key] == before[key] for key in ("test", "test_per_class", "collapse", "selected", "images"))
+    assert all(
+        after[key] == before[key]
+        for key in ("test", "test_per_class", "collapse", "selected", "images", "draws_per_class")
+    )
 
 
 def test_classes_are_reweighted_from_the_epoch_on(words, straight, tmp_path):
