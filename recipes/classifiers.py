@@ -143,7 +143,7 @@ def tau_normalise(model: nn.Module, tau: float) -> nn.Module:
     """Divide the vector of each class by its length to the power tau, and drop the bias, in place.
 
     Source: Kang et al., "Decoupling representation and classifier for long-tailed recognition", ICLR 2020 (arXiv
-    1910.09217), eq. 4, who choose tau on validation.
+    1910.09217), the tau-normalised classifier, who choose tau on validation.
 
     Args:
         model: trained, its `get_classifier()` is nn.Linear.
@@ -184,7 +184,7 @@ def second_stage(model: nn.Module, stage: str) -> list[nn.Parameter]:
     batch statistics or dropout. Save `fold(copy.deepcopy(model))`.
 
     Source: Kang et al., "Decoupling representation and classifier for long-tailed recognition", ICLR 2020 (arXiv
-    1910.09217), sections 4.1 and 4.3.
+    1910.09217), "Classifier Re-training" and "Learnable weight scaling".
 
     Args:
         model: a timm model whose `get_classifier()` is nn.Linear.
