@@ -23,13 +23,18 @@ def run_title(config: TrainConfig, manifest: Manifest) -> str:
 
 
 def summary(results: Mapping[str, Any], folder: Path) -> str:
-    """The last four lines that a run prints, from the content of results.json."""
+    """The last four lines that a run prints, from the content of results.json; `-` for a number that there is not, such
+    as NC1 where all class means are the same."""
     collapse, solver = results["collapse"], results["solver"]
     keys = {"NC1": "nc1", "NC2": "nc2_etf", "NC3": "nc3", "NC4": "nc4"}
+
+    def listed(values: Mapping[str, float | None], form: str) -> str:
+        return "   ".join(f"{name} {'-' if value is None else format(value, form)}" for name, value in values.items())
+
     solved = f"{solver['mean_steps']:.2f} per image, {solver['converged']:.1%} converged" if solver else "-"
     return (
-        f"test accuracy    {'   '.join(f'{name} {value:.2%}' for name, value in results['test'].items())}\n"
-        f"neural collapse  {'   '.join(f'{name} {collapse[key]:.4g}' for name, key in keys.items())}\n"
+        f"test accuracy    {listed(results['test'], '.2%')}\n"
+        f"neural collapse  {listed({name: collapse[key] for name, key in keys.items()}, '.4g')}\n"
         f"evaluations      {solved}\n"
         f"run folder       {folder}"
     )
