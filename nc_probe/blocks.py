@@ -9,8 +9,8 @@ __all__ = ["block_rows", "deviations"]
 
 
 def block_rows(device: torch.device, num_features: int) -> int:
-    """How many rows of d = `num_features` to work on at once: 512 KiB of float64 on a CPU."""
-    return max(2**16 // num_features, 16) if device.type == "cpu" else 4096
+    """How many rows of d = `num_features` to work on at once: 1 MiB of float64 on a CPU."""
+    return max(2**17 // num_features, 16) if device.type == "cpu" else 4096
 
 
 def deviations(x: Tensor, labels: Tensor, means: Tensor, *, rows: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -101,7 +101,11 @@ class SecondLook:
 
     def _add(self, x: Tensor, labels: Tensor, chosen: Tensor | None) -> None:
         if self.within is not None and self.class_weights is not None:
-            self.within.addmm_((x * self.class_weights[labels, None]).T, x)
+            weighted = x * self.class_weights[labels, None]
+            step = -(-x.shape[1] // 4)
+            for start in range(0, x.shape[1], step):  # of the lower triangle, of which the upper is the mirror
+                stop = start + step
+                self.within[start:stop, :stop].addmm_(weighted[:, start:stop].T, x[:, :stop])
         p = x if self._span is None else x @ self._span
         for spread, (basis, member) in zip(self.spreads, self._bases, strict=True):
             mine, of = (p, labels) if member is None else (p[member[labels]], labels[member[labels]])
@@ -119,9 +123,8 @@ class SecondLook:
         """
         total = ranks.total if sync else lambda tensor: tensor
         count, nearest, agree = total(self._tally).unbind(1)
-        looked = Looked(
-            nearest, agree, [*map(total, self.spreads)], None if self.within is None else total(self.within)
-        )
+        within = None if self.within is None else total(self.within.tril() + self.within.tril(-1).T)
+        looked = Looked(nearest, agree, [*map(total, self.spreads)], within)
         if not torch.equal(count, self.moments.count):
             k = int((count != self.moments.count).nonzero()[0, 0])
             raise ValueError(

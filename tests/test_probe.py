@@ -11,6 +11,7 @@ import weakref
 import oracles_nc
 import pytest
 import torch
+from collapsed import crosses, frame
 from torch import nn
 
 from nc_probe import ClassMoments, NCProbe, checks, measure
@@ -178,6 +179,28 @@ def test_bfloat16_activations_are_measured_as_they_are(center):
         assert len(expected) > 30
         for name, value in expected.items():
             assert getattr(part, name) == pytest.approx(value, rel=1e-10, abs=1e-12), name
+
+
+@pytest.mark.parametrize("merged", [1.0, 1e-3, 1e-6])
+def test_nc1_by_a_second_look_where_class_means_merge_in_closed_form(merged):
+    """Two means at +-u, two more at `merged` of each other beside -3u: S_B is diagonal, and S_W = (s^2/3) Q Q^T."""
+    Q, s = frame(20, 3), 0.1 * merged
+    means = torch.stack([Q[:, 0], -Q[:, 0], -3 * Q[:, 1], -3 * Q[:, 1] + merged * Q[:, 2]])
+    x, labels = crosses(means, Q, s)
+    coordinates = (means - means.mean(0)) @ Q
+    truth = s**2 / 3 * float(torch.linalg.inv(coordinates.T @ coordinates / 4).trace()) / 4
+    net = nn.Linear(20, 4).double().eval()
+    report = run(net, x, labels, size=5, groups={"merged": [2, 3], "apart": [0, 1]})
+    assert report.nc1_rank == 3 and report.nc1 == pytest.approx(truth, rel=1e-13 / merged)
+    moments = ClassMoments(4, 20).update(x, labels)
+    expected = measure(moments, net.weight, net.bias, groups={"merged": [2, 3], "apart": [0, 1]})
+    for part, other in ((report, expected), *((report.groups[g], expected.groups[g]) for g in report.groups)):
+        assert part.nc1 == pytest.approx(other.nc1, rel=1e-13 / merged)
+        assert part.class_nc1 == pytest.approx(other.class_nc1, rel=1e-12 / merged)
+        assert (part.feature_rank, part.stable_rank) == (
+            other.feature_rank,
+            pytest.approx(other.stable_rank, nan_ok=True),
+        )
 
 
 def test_offset_does_not_move_nearest_means():
