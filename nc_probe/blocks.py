@@ -29,4 +29,4 @@ def deviations(x: Tensor, labels: Tensor, means: Tensor, *, rows: int | None = N
     for part, of in zip(x.split(rows), labels.split(rows), strict=True) if rows else ():
         y, mean, of = y[: len(part)], mean[: len(part)], of.to(means.device).long()
         torch.index_select(means, 0, of, out=mean)
-        yield y.copy_(part).sub_(mean), of
+        yield y.copy_(part.to(means.device)).sub_(mean), of

@@ -289,7 +289,8 @@ class ClassMoments:
         delta /= n_b.clamp(min=1)[:, None]
         self.count.index_copy_(0, klass, n.long())
         self.mean.index_copy_(0, klass, torch.addcmul(ref, delta, (n_b / n.clamp(min=1))[:, None]))
-        if not self.num_scatters and labels.device.type == "cpu" and bool((n_a >= n_b).all()):
+        here = labels.device.type == self.device.type == "cpu"
+        if here and not self.num_scatters and bool((n_a >= n_b).all()):
             # ref is the class mean so far, so this is Chan's update of the trace, of which at most a half cancels.
             self.trace.index_add_(0, klass, square - n_b.square() / n * delta.norm(dim=1).square())
             return

@@ -26,15 +26,16 @@ def problem(gap, size=1.0, seed=0):
     gen = torch.Generator().manual_seed(seed)
     x = torch.randn(200, d, generator=gen).double()
     weight = torch.randn(K, d, generator=gen).double()
+    weight[0] /= 1e3
     weight[3] = weight[1] + gap * torch.randn(d, generator=gen).double()
-    bias = torch.tensor([0, 40, -1, 40, 1]).double()
+    bias = torch.tensor([0, 1, -1, 1, 1]).double()
     return size * x, weight, size * bias
 
 
 @pytest.mark.parametrize("gap", [1.0, 1e-4, 1e-6, 1e-8, 1e-12])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_close_decisions_are_those_of_rational_arithmetic(gap, dtype):
-    x, weight, bias = problem(gap)
+@pytest.mark.parametrize("size, dtype", [(1, torch.float64), (1e4, torch.float32), (1e-4, torch.bfloat16)])
+def test_close_decisions_are_those_of_rational_arithmetic(gap, size, dtype):
+    x, weight, bias = problem(gap, size)
     x = x.to(dtype)
     chosen = Scores(weight, bias).highest(x)
     assert chosen.tolist() == exact(x.double(), weight, bias)
@@ -45,6 +46,19 @@ def test_close_decisions_are_those_of_rational_arithmetic(gap, dtype):
 def test_beyond_the_range_of_float32(size, scale):
     x, weight, bias = problem(1e-3, size)
     assert Scores(scale * weight, scale * bias).highest(x).tolist() == exact(x, scale * weight, scale * bias)
+
+
+def test_the_bound_grows_with_weights_and_features():
+    x, weight, bias = problem(1e-6, 1e4)
+    x = x.repeat(100, 1) + torch.randn(20_000, d, generator=torch.Generator().manual_seed(1)).double()
+    assert torch.equal(Scores(weight, 0 * bias).highest(x), (x @ weight.T).argmax(1))
+
+
+def test_a_bias_that_hides_the_rest():
+    """In float32, numbers about 1e7 are 1 apart."""
+    x, weight, bias = problem(1.0)
+    bias += 1e7 + torch.linspace(-0.7, 0.7, K).double()
+    assert Scores(weight, bias).highest(x).tolist() == exact(x, weight, bias)
 
 
 def test_sums_that_overflow_on_their_way():

@@ -14,7 +14,7 @@ import torch
 from collapsed import crosses, frame
 from torch import nn
 
-from nc_probe import ClassMoments, NCProbe, checks, measure
+from nc_probe import ClassMoments, NCProbe, checks, measure, second_look
 
 K, d = 4, 6
 GROUPS = {"majority": [0, 1], "minority": [2, 3]}
@@ -124,6 +124,13 @@ def test_any_batch_size_any_order_and_known_counts():
         assert b.nc1 == pytest.approx(a.nc1, rel=1e-10) and b.nc1 > 0
         assert b.class_nc1 == () and len(a.class_nc1) == len(a.classes)
         assert b.nc3 == pytest.approx(a.nc3, rel=1e-10)
+
+
+def test_a_batch_in_blocks_is_the_batch(monkeypatch):
+    model, (x, labels) = Net().eval(), data()
+    whole = run(model, x, labels, size=57, groups=GROUPS)
+    monkeypatch.setattr(second_look, "block_rows", lambda device, num_features: 7)
+    assert_same(run(model, x, labels, size=57, groups=GROUPS), whole)
 
 
 def test_padded_duplicates_are_not_counted():
