@@ -31,13 +31,11 @@ import torch
 from torch import Tensor
 
 from nc_probe import ranks
+from nc_probe.blocks import deviations
 from nc_probe.checks import check_batch, check_proportion, check_scatters, examine, short
 from nc_probe.precision import exact_arithmetic
 
 __all__ = ["ClassMoments"]
-
-# Rows that are worked on at once on the CPU, so that their float64 copies stay in its cache.
-ROWS = 512
 
 
 class ClassMoments:
@@ -159,9 +157,8 @@ class ClassMoments:
                     check_scatters(self.num_classes, self.num_features)
                 self.num_scatters = int(self.partition.max()) + 1
                 self.scatter = self.mean.new_zeros(self.num_scatters, self.num_features, self.num_features)
-            for x, of in zip(features.split(ROWS), labels.split(ROWS), strict=True):
-                of = of.to(self.device).long()
-                self._add_scatter(x.detach().to(self.device) - self.mean[of], of)
+            for y, of in deviations(features.detach(), labels, self.mean):
+                self._add_scatter(y, of)
         return self
 
     def merge(self, other: "ClassMoments") -> Self:
@@ -284,24 +281,26 @@ class ClassMoments:
         n_a = self.count[klass].double()
         n = n_a + n_b
         # Everything is taken relative to a point near the data, so that a large common offset cancels before it rounds.
-        ref = torch.where((n_a > 0)[:, None], self.mean[klass], x[:1].double())
-        delta = torch.zeros_like(ref)
-        rows = ROWS if x.device.type == "cpu" else len(x)
-        for part, of in zip(x.split(rows), slot.split(rows), strict=True):
-            delta.index_add_(0, of, part - ref[of])
+        ref = torch.where(((n_a > 0) | (n_b == 0))[:, None], self.mean[klass], x[:1].double())
+        delta, square = torch.zeros_like(ref), torch.zeros_like(n)
+        for y, of in deviations(x, slot, ref):
+            delta.index_add_(0, of, y)
+            square.index_add_(0, of, y.norm(dim=1).square())
         delta /= n_b.clamp(min=1)[:, None]
         self.count.index_copy_(0, klass, n.long())
-        mean = ref + delta * (n_b / n.clamp(min=1))[:, None]
-        self.mean.index_copy_(0, klass, torch.where((n > 0)[:, None], mean, 0.0))
+        self.mean.index_copy_(0, klass, torch.addcmul(ref, delta, (n_b / n.clamp(min=1))[:, None]))
+        here = labels.device.type == self.device.type == "cpu"
+        if here and not self.num_scatters and bool((n_a >= n_b).all()):
+            # ref is the class mean so far, so this is Chan's update of the trace, of which at most a half cancels.
+            self.trace.index_add_(0, klass, square - n_b.square() / n * delta.norm(dim=1).square())
+            return
         # With r = x - ref, r - delta sums to zero over a class of the batch, so adding c delta to each of its n_b rows
         # adds exactly n_b c^2 delta delta^T to their scatter: with c^2 = n_a/n that is Chan's second term, and one GEMM
         # does it all.
         shift = ref + (1 - (n_a / n.clamp(min=1)).sqrt())[:, None] * delta
-        if self.num_scatters > 1:
-            rows = len(x)  # many scatters want many rows at a time
-        for part, of in zip(x.split(rows), slot.split(rows), strict=True):
-            y = part - shift[of]  # in float64, as the means are
-            self.trace.index_add_(0, klass[of], y.square().sum(1))
+        rows = len(x) if self.num_scatters > 1 else None  # many scatters want many rows at a time
+        for y, of in deviations(x, slot, shift, rows=rows):
+            self.trace.index_add_(0, klass[of], y.norm(dim=1).square())
             self._add_scatter(y, klass[of])
 
     def _present(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

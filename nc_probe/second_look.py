@@ -7,7 +7,8 @@ in which everything asked here lies: with V (d, q) an orthonormal basis of that 
     tr(B^T S_k B) = sum over class k of ||(V^T B)^T p||^2   for any B in the span,
 
 so that one product of d x q a sample serves the nearest class mean (NC4) and NC1 of all classes, of each group and by
-each convention: with B B^T = S_B^+, tr(S_W S_B^+) is a weighted sum of the tr(B^T S_k B).
+each convention: with B B^T = S_B^+, tr(S_W S_B^+) is a weighted sum of the tr(B^T S_k B). The columns of B are
+orthogonal: of all classes, unless means coincide, they are a basis of the span, in which V^T B is diagonal.
 """
 
 from collections.abc import Sequence
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from nc_probe import ranks
+from nc_probe.blocks import block_rows, deviations
 from nc_probe.cache import Kept
-from nc_probe.moments import ROWS, ClassMoments
+from nc_probe.decisions import Scores
+from nc_probe.moments import ClassMoments
 from nc_probe.precision import exact_arithmetic
 
 __all__ = ["Looked", "SecondLook"]
@@ -44,6 +47,7 @@ class SecondLook:
     Args:
         moments: of the whole pass, over all ranks.
         bases: (B (d, r), classes) whose spreads tr(B^T S_k B) are wanted, in the span of differences of class means.
+            The columns of the first are orthogonal.
         class_weights: (K,) if the scatter sum_k class_weights[k] S_k is wanted.
     """
 
@@ -56,20 +60,28 @@ class SecondLook:
         self.moments, self.class_weights = moments, class_weights
         with exact_arithmetic(moments.device):
             seen = moments.count > 0
-            self.count, self.nearest, self.agree = (torch.zeros_like(moments.count) for _ in range(3))
+            # Samples; those whose nearest class mean is that of their class; that of the class chosen.
+            self._tally = moments.count.new_zeros(moments.num_classes, 3)
             self.spreads = [torch.zeros_like(moments.trace) for _ in bases]
             self.within = None if class_weights is None else moments.mean.new_zeros(*[moments.num_features] * 2)
             # About the centre of the means, so that a large common offset cancels no digits.
             means = moments.mean - moments.mean[seen].mean(0)
-            wide = int(seen.sum()) < moments.num_features
-            self._span = torch.linalg.qr(means[seen].T)[0] if wide else None
+            directions = int(seen.sum()) - 1
+            self._span = lengths = None  # of all features, where classes are as many
+            if 0 < directions < moments.num_features - 1 and bases and bases[0][0].shape[1] == directions:
+                lengths = bases[0][0].norm(dim=0)
+                self._span = bases[0][0] / lengths
+            elif directions < moments.num_features - 1:
+                self._span = torch.linalg.qr(means[seen].T)[0]
             self._means = means if self._span is None else means @ self._span
-            self._half = torch.where(seen, self._means.square().sum(1) / 2, torch.inf)
+            self._scores = Scores(self._means, torch.where(seen, -self._means.square().sum(1) / 2, -torch.inf))
             self._bases = []
             for basis, classes in bases:
                 member = torch.zeros_like(seen).index_fill_(0, classes.to(moments.device), True)
                 inside = basis if self._span is None else self._span.T @ basis
                 self._bases.append((inside, None if bool(member[seen].all()) else member))
+            if lengths is not None:
+                self._bases[0] = lengths, self._bases[0][1]  # V^T B is diagonal
 
     def add(self, batch: Kept, columns: slice = slice(None), classifier: int = 0) -> None:
         """Looks at a batch again.
@@ -79,27 +91,29 @@ class SecondLook:
             columns: those of the D that are the features looked at.
             classifier: which of the H. None is asked if H = 0.
         """
-        device = self.moments.device
-        rows = ROWS if device.type == "cpu" else 8 * ROWS
-        with exact_arithmetic(device):
-            for features, labels, chosen in zip(*(t.split(rows) for t in batch), strict=True):
-                labels, chosen = labels.to(device).long(), chosen.to(device)
-                x = features[:, columns].to(device) - self.moments.mean[labels]  # in float64, as the means are
-                self._add(x, labels, chosen[:, classifier] if chosen.shape[1] else None)
+        moments = self.moments
+        rows = block_rows(moments.device, moments.num_features)
+        chosen = batch.chosen[:, classifier].to(moments.device) if batch.chosen.shape[1] else None
+        with exact_arithmetic(moments.device):
+            blocks = deviations(batch.features[:, columns], batch.labels, moments.mean, rows=rows)
+            for i, (x, labels) in enumerate(blocks):
+                self._add(x, labels, None if chosen is None else chosen[i * rows : (i + 1) * rows])
 
     def _add(self, x: Tensor, labels: Tensor, chosen: Tensor | None) -> None:
         if self.within is not None and self.class_weights is not None:
-            self.within.addmm_((x * self.class_weights[labels, None]).T, x)
+            weighted = x * self.class_weights[labels, None]
+            step = -(-x.shape[1] // 4)
+            for start in range(0, x.shape[1], step):  # of the lower triangle, of which the upper is the mirror
+                stop = start + step
+                self.within[start:stop, :stop].addmm_(weighted[:, start:stop].T, x[:, :stop])
         p = x if self._span is None else x @ self._span
         for spread, (basis, member) in zip(self.spreads, self._bases, strict=True):
             mine, of = (p, labels) if member is None else (p[member[labels]], labels[member[labels]])
-            spread.index_add_(0, of, (mine @ basis).square().sum(1))
-        nearest = torch.addmm(-self._half, p + self._means[labels], self._means.T).argmax(1)
-        ones = torch.ones_like(labels)
-        self.count.index_add_(0, labels, ones)
-        self.nearest.index_add_(0, labels, (nearest == labels).long())
-        if chosen is not None:
-            self.agree.index_add_(0, labels, (nearest == chosen).long())
+            mine = mine * basis if basis.ndim == 1 else mine @ basis
+            spread.index_add_(0, of, mine.square().sum(1))
+        nearest = self._scores.highest(p + self._means[labels])
+        agree = torch.zeros_like(labels) if chosen is None else nearest == chosen
+        self._tally.index_add_(0, labels, torch.stack([torch.ones_like(labels), nearest == labels, agree], 1))
 
     def finish(self, *, sync: bool = True) -> Looked:
         """What all ranks have seen, every one of which must call it; or with `sync=False` this one.
@@ -108,10 +122,9 @@ class SecondLook:
             ValueError: the samples were not those of the first look.
         """
         total = ranks.total if sync else lambda tensor: tensor
-        count, nearest, agree = total(torch.stack([self.count, self.nearest, self.agree]))
-        looked = Looked(
-            nearest, agree, [*map(total, self.spreads)], None if self.within is None else total(self.within)
-        )
+        count, nearest, agree = total(self._tally).unbind(1)
+        within = None if self.within is None else total(self.within.tril() + self.within.tril(-1).T)
+        looked = Looked(nearest, agree, [*map(total, self.spreads)], within)
         if not torch.equal(count, self.moments.count):
             k = int((count != self.moments.count).nonzero()[0, 0])
             raise ValueError(

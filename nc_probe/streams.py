@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nc_probe import ranks
+from nc_probe.decisions import Scores
 from nc_probe.heads import Head, LinearMap
 from nc_probe.moments import ClassMoments
 from nc_probe.precision import exact_arithmetic
@@ -37,6 +38,7 @@ class ClassifierStream:
         self.correct: Tensor | None = None
         self.dtype = torch.float32  # of the features
         self._snapshot: tuple[Tensor, Tensor | None] | None = None
+        self._scores: Scores | None = None
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Counts a batch: features of the whole head (B, D), labels (B,)."""
@@ -50,10 +52,14 @@ class ClassifierStream:
         """The class chosen for each sample, (B, 1), or (B, 0) without a classifier; `count` those that are right."""
         if self.linear is None:
             return labels.new_empty(len(labels), 0)
-        chosen = self.logits(features).argmax(1)
-        if not count:
-            return chosen[:, None]
-        with exact_arithmetic(chosen.device):
+        weight, bias = self.snapshot()
+        assert weight is not None
+        with exact_arithmetic(weight.device):
+            if self._scores is None:
+                self._scores = Scores(weight, weight.new_zeros(len(weight)) if bias is None else bias)
+            chosen = self._scores.highest(features[:, self.columns].detach().to(weight.device))
+            if not count:
+                return chosen[:, None]
             if self.correct is None:
                 self.correct = torch.zeros(self.linear.weight.shape[0], dtype=torch.int64, device=chosen.device)
             labels = labels.to(chosen.device)

@@ -181,6 +181,18 @@ def test_scatter_added_afterwards_is_that_of_the_pass():
     assert close(late.within(balanced()), full_batch(x, labels, balanced())[2])
 
 
+@pytest.mark.parametrize("sizes", [1, 9, 40, 60, 109])
+@pytest.mark.parametrize("noise", [1.0, 1e-6])
+def test_traces_without_scatter(sizes, noise):
+    """In one look at a batch where it has few samples beside those before, in two otherwise; classes far apart."""
+    x, labels = samples(offset=0)
+    means = full_batch(x, labels, balanced())[0]
+    x = 30 * means[labels] + noise * (x - means[labels])
+    moments = feed(ClassMoments(K, d, scatter=False), x, labels, sizes)
+    means, traces, _ = full_batch(x, labels, balanced())
+    assert close(moments.mean, means, 1e-14) and close(moments.trace, traces, 1e-14 + 1e-14 / noise)
+
+
 def test_pooled_scatter_refuses_other_samples_than_declared():
     x, labels = samples()
     moments = ClassMoments(K, d, class_counts=COUNTS).update(x[:60], labels[:60])

@@ -11,9 +11,10 @@ import weakref
 import oracles_nc
 import pytest
 import torch
+from collapsed import crosses, frame
 from torch import nn
 
-from nc_probe import ClassMoments, NCProbe, checks, measure
+from nc_probe import ClassMoments, NCProbe, checks, measure, second_look
 
 K, d = 4, 6
 GROUPS = {"majority": [0, 1], "minority": [2, 3]}
@@ -125,6 +126,16 @@ def test_any_batch_size_any_order_and_known_counts():
         assert b.nc3 == pytest.approx(a.nc3, rel=1e-10)
 
 
+def test_a_batch_in_blocks_is_the_batch(monkeypatch):
+    model, (x, labels) = Net().eval(), data()
+    with torch.no_grad():  # logits about zero, so that all classes are chosen
+        model.fc.bias.copy_(-model.fc.weight @ model.features(x).mean(0))
+        assert len(model(x).argmax(1).unique()) == K
+    whole = run(model, x, labels, size=57, groups=GROUPS)
+    monkeypatch.setattr(second_look, "block_rows", lambda device, num_features: 7)
+    assert_same(run(model, x, labels, size=57, groups=GROUPS), whole)
+
+
 def test_padded_duplicates_are_not_counted():
     model, (x, labels) = Net().double().eval(), data(57)
     x = x.double()
@@ -178,6 +189,28 @@ def test_bfloat16_activations_are_measured_as_they_are(center):
         assert len(expected) > 30
         for name, value in expected.items():
             assert getattr(part, name) == pytest.approx(value, rel=1e-10, abs=1e-12), name
+
+
+@pytest.mark.parametrize("merged", [1.0, 1e-3, 1e-6])
+def test_nc1_by_a_second_look_where_class_means_merge_in_closed_form(merged):
+    """Two means at +-u, two more at `merged` of each other beside -3u: S_B is diagonal, and S_W = (s^2/3) Q Q^T."""
+    Q, s = frame(20, 3), 0.1 * merged
+    means = torch.stack([Q[:, 0], -Q[:, 0], -3 * Q[:, 1], -3 * Q[:, 1] + merged * Q[:, 2]])
+    x, labels = crosses(means, Q, s)
+    coordinates = (means - means.mean(0)) @ Q
+    truth = s**2 / 3 * float(torch.linalg.inv(coordinates.T @ coordinates / 4).trace()) / 4
+    net = nn.Linear(20, 4).double().eval()
+    report = run(net, x, labels, size=5, groups={"merged": [2, 3], "apart": [0, 1]})
+    assert report.nc1_rank == 3 and report.nc1 == pytest.approx(truth, rel=1e-13 / merged)
+    moments = ClassMoments(4, 20).update(x, labels)
+    expected = measure(moments, net.weight, net.bias, groups={"merged": [2, 3], "apart": [0, 1]})
+    for part, other in ((report, expected), *((report.groups[g], expected.groups[g]) for g in report.groups)):
+        assert part.nc1 == pytest.approx(other.nc1, rel=1e-13 / merged)
+        assert part.class_nc1 == pytest.approx(other.class_nc1, rel=1e-12 / merged)
+        assert (part.feature_rank, part.stable_rank) == (
+            other.feature_rank,
+            pytest.approx(other.stable_rank, nan_ok=True),
+        )
 
 
 def test_offset_does_not_move_nearest_means():
