@@ -60,7 +60,7 @@ def probe(args: argparse.Namespace) -> Tables:
 def pipeline(args: argparse.Namespace) -> Tables:
     from recipes import benchmark_pipeline as part
 
-    return {"pipeline": part.pipeline_rows(part.noise(args.images), device=args.device)}
+    return {"pipeline": part.pipeline_rows(part.images_of(args.dataset), device=args.device)}
 
 
 def presets(args: argparse.Namespace) -> Tables:
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flag("--tolerances", type=float, nargs="+", default=[1e-3, 1e-5], help="of the solvers (default: 1e-3 1e-5)")
     sizes = [(16, 61440), (64, 1024)]
     flag("--sizes", type=size, nargs="+", default=sizes, help="of states, BxD (default: 16x61440 64x1024)")
-    flag("--images", type=int, default=10_000, help="of 32x32 that the pipeline delivers (default: 10000)")
+    flag("--dataset", help="whose train split the pipeline delivers (default: 10000 images of 32x32 random pixels)")
     flag("--json", type=Path, metavar="FILE", help="write the same numbers there")
     flag("--figures", type=Path, metavar="FOLDER", help="draw the pictures of the README there")
     args = parser.parse_args(argv)

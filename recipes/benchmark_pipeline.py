@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import timm_deq  # noqa: F401  registers the models
 from recipes.benchmark_tables import Row
-from recipes.data import ImageSplit
+from recipes.data import ImageSplit, load_splits, open_dataset
 from recipes.pipeline import choose_pipeline
 from recipes.sampling import EpochSampler
 
@@ -38,8 +38,13 @@ def noise(images: int, size: int = 32) -> ImageSplit:
     return ImageSplit("noise", rows, "image", labels, tuple(map(str, range(10))))
 
 
+def images_of(dataset: str | None) -> ImageSplit:
+    """The train split of a data set of the Hub or of a folder, or 10000 images of `noise`."""
+    return noise(10_000) if dataset is None else load_splits(open_dataset(dataset))[0]
+
+
 def pipeline_rows(
-    split: ImageSplit | None = None,
+    split: ImageSplit,
     *,
     device: torch.device | str = "cpu",
     model: str = "deq_resnet8_cifar",
@@ -50,7 +55,7 @@ def pipeline_rows(
     """Images per second of each pipeline alone, in training, and of the model that trains on resident images.
 
     Args:
-        split: the images; 10000 of `noise` if not given.
+        split: the images.
         device: of the model and of resident images.
         model: a timm model.
         batch_size: images of an update.
@@ -61,7 +66,6 @@ def pipeline_rows(
         A row for each of: decoding all images once, batches of resident images, training on them, batches of workers;
         with images per second, how often that is the rate of training, and MiB of memory.
     """
-    split = noise(10_000) if split is None else split
     net: Any = timm.create_model(model, num_classes=len(split.class_names)).to(device)
     rates: dict[str, float] = {}
     memory: dict[str, float] = {}

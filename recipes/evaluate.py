@@ -8,8 +8,7 @@ any model of timm and any image data set will do: `resnet50 --pretrained --datas
 `--help` lists everything. Devices, ranks and precision are chosen by `accelerate launch` or `torchrun`.
 
 The output folder holds `results.json`, `confusion.png`, `reliability.png` (both at the largest budget) and, for a model
-that solves, `anytime.png`. A mistake ends the run with one
-line; `python -X dev` shows where it was found.
+that solves, `anytime.png`. A mistake ends the run with one line; `python -X dev` shows where it was found.
 """
 
 import argparse

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.benchmark_pipeline import images_per_second, measured_memory, noise, pipeline_rows
+from recipes.benchmark_pipeline import images_of, images_per_second, measured_memory, noise, pipeline_rows
 
 
 def test_a_rate_leaves_out_the_first_batch(monkeypatch):
@@ -31,6 +31,11 @@ def test_noise_is_images_in_ten_classes():
     assert np.bincount(split.labels).tolist() == [3] + [2] * 9
     pixels = np.stack([np.asarray(split.read(i, "RGB")) for i in range(21)])
     assert pixels.shape == (21, 32, 32, 3) and pixels.std() == pytest.approx(256 / 12**0.5, rel=0.02)
+
+
+def test_images_are_noise_or_those_of_a_data_set():
+    assert len(images_of(None).labels) == 10_000
+    assert len(images_of("digits").labels) == 1201
 
 
 def test_every_pipeline_has_a_row():
