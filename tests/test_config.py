@@ -223,6 +223,7 @@ def test_a_profile_gets_what_it_reads(words, profile, parameters):
         ("--stage crt", "model is 'deq_resnet8_cifar'; allowed: with stage 'crt' a run folder or local-dir:FOLDER"),
         ("--stage lws --model local-dir:x --classifier etf", "classifier is 'etf'; allowed: 'linear' with stage 'lws'"),
         ("--stage crt --model runs/x --jacobian_weight 1", "jacobian_weight is 1.0; allowed: none with stage 'crt'"),
+        ("--stage lws --model runs/x --correction_at 2 5", "correction_at is [2, 5]; allowed: none with stage 'lws'"),
     ],
 )
 def test_contradictions_are_told_in_one_line(words, message):
@@ -241,6 +242,7 @@ def test_contradictions_are_told_in_one_line(words, message):
         "--loss class_balanced --reweight_beta 0.99",
         "--manifest runs/x/manifest.json --select best --val_fraction 0",
         "--epochs 0",
+        "--epochs 3 --warmup_epochs 3",
         "--stage crt --model runs/x --sampler class_balanced",
         "--grouping thresholds --bounds 5 50",
     ],
