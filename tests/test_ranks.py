@@ -10,9 +10,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from few_digits import save_few_digits
 from safetensors.torch import load_file
 
-from recipes.data import digits
 from recipes.longtail import Manifest
 from recipes.state import read_tree
 from recipes.train import main
@@ -36,17 +36,7 @@ def one_cpu_and_no_network():
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """Flags of digits of four classes, with the number of each image in its first pixel."""
-    folder, splits = tmp_path_factory.mktemp("data") / "few", {}
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list("0123")))
-    for split, rows in digits().items():
-        labels, count = np.array(rows["label"]), {"train": len(LABELS) // 4, "test": 9}[split]
-        rows = rows.select(np.concatenate([np.flatnonzero(labels == k)[:count] for k in range(4)]))
-        images = [image.resize((32, 32)) for image in rows["image"]]
-        for i, image in enumerate(images):
-            image.putpixel((0, 0), i)
-        content = {"image": images, "label": list(rows["label"])}
-        splits[split] = datasets.Dataset.from_dict(content, features=features)
-    datasets.DatasetDict(splits).save_to_disk(folder)
+    folder = save_few_digits(tmp_path_factory.mktemp("data") / "few", train=len(LABELS) // 4, test=9, numbered=True)
     data = f"--dataset {folder} --val_fraction 0.1 --img_size 32 --crop_pct 1 --eval_batch_size 20 --batch_size 16"
     data += f" --imbalance explicit --counts {' '.join(map(str, SIZES))}"
     return data.split()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from few_digits import save_few_digits
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -24,7 +25,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from recipes import state
 from recipes.checkpoint import write_tensors, write_text
-from recipes.data import digits
 from recipes.state import Progress, States, pack, unpack
 from recipes.train import main
 
@@ -43,14 +43,7 @@ def one_cpu_and_no_network():
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """Flags of a run that draws random numbers all the time, of 6 updates an epoch, on a few digits of four classes."""
-    folder, splits = tmp_path_factory.mktemp("data") / "few", {}
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list("0123")))
-    for split, rows in digits().items():
-        labels, count = np.array(rows["label"]), {"train": 12, "test": 5}[split]
-        rows = rows.select(np.concatenate([np.flatnonzero(labels == k)[:count] for k in range(4)]))
-        content = {"image": list(rows["image"]), "label": list(rows["label"])}
-        splits[split] = datasets.Dataset.from_dict(content, features=features)
-    datasets.DatasetDict(splits).save_to_disk(folder)
+    folder = save_few_digits(tmp_path_factory.mktemp("data") / "few", train=12, test=5)
     data = f"--dataset {folder} --imbalance balanced --val_fraction 0.25 --img_size 16 --crop_pct 1"
     data += " --cutout 4 --hflip 0.5 --mixup_alpha 0.4 --cutmix_alpha 1 --mix_prob 0.8"
     model = "--classifier cosine --loss focal --reweight_epoch 1"

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from few_digits import save_few_digits
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from recipes import evaluate
 from recipes.checkpoint import load_run
-from recipes.data import digits, load_splits
+from recipes.data import load_splits
 from recipes.longtail import Manifest
 from recipes.losses import Loss
 from recipes.pipeline import choose_pipeline
@@ -32,14 +33,7 @@ def one_cpu_and_no_network():
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """Flags of a short run on 40 digits of four classes."""
-    folder, splits = tmp_path_factory.mktemp("data") / "few", {}
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list("0123")))
-    for split, rows in digits().items():
-        labels, count = np.array(rows["label"]), {"train": 18, "test": 9}[split]
-        rows = rows.select(np.concatenate([np.flatnonzero(labels == k)[:count] for k in range(4)]))
-        content = {"image": list(rows["image"]), "label": list(rows["label"])}
-        splits[split] = datasets.Dataset.from_dict(content, features=features)
-    datasets.DatasetDict(splits).save_to_disk(folder)
+    folder = save_few_digits(tmp_path_factory.mktemp("data") / "few", train=18, test=9)
     data = f"--dataset {folder} --val_fraction 0 --img_size 32 --crop_pct 1 --eval_batch_size 20"
     model = "--model test_resnet --lr 0.05 --batch_size 8 --epochs 2 --probe_every 0"
     return [*data.split(), *model.split()]
