@@ -10,7 +10,7 @@ prints the machine and the versions, and Markdown tables, a ratio below 1 being 
   recipes/benchmark_merged.py.
 * `pipeline`: images a second that the input pipeline delivers, beside those that a model trains at. A minute; see
   recipes/benchmark_pipeline.py.
-* `presets`: what a run of each preset costs at most, foretold from a few updates. Three minutes on two CPU cores; see
+* `presets`: what a run of each preset costs at most, foretold from a few updates. Two minutes on two CPU cores; see
   recipes/benchmark_presets.py.
 
 Without a name it does all of them.

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -51,7 +52,7 @@ def preset_rows(
     """
     for path in presets:
         config = parse(["--output", "-", "--config", str(path)])
-        classes, trained, tested = images_of(config)
+        classes, trained, tested = count_images(config)
         net = create_model(config, classes).to(device)
         for layer in net.modules():
             if isinstance(layer, Equilibrium):
@@ -62,36 +63,20 @@ def preset_rows(
         side = config.img_size or net.pretrained_cfg["input_size"][-1]
         images = torch.randn(size, net.pretrained_cfg["input_size"][0], side, side, device=device)
         labels = torch.arange(size, device=device) % classes
-        update = training_step(net)
-
-        def train(images=images, labels=labels, update=update):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                update(images, labels)
-
-        def evaluate(net=net, images=images):
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                net(images)
-
-        work, seconds = {}, {}
-        for name, run in (("train", train), ("evaluate", evaluate)):
-            net.train(name == "train")
-            work[name], seconds[name] = operations(run) / size, seconds_of(run, rounds, device) / size
-
-        def total(costs, trained=trained, tested=tested):
-            return trained * costs["train"] + tested * costs["evaluate"]
+        work, seconds = costs_of(net, images, labels, rounds)
 
         yield {
             "preset": path.stem,
             "images": trained // config.epochs,
             "epochs": config.epochs,
             "GFLOP / image": work["train"] / 1e9,
-            "PFLOP": total(work) / 1e15,
+            "PFLOP": (trained * work["train"] + tested * work["evaluate"]) / 1e15,
             "images/s": 1 / seconds["train"],
-            "hours": total(seconds) / 3600,
+            "hours": (trained * seconds["train"] + tested * seconds["evaluate"]) / 3600,
         }
 
 
-def images_of(config: TrainConfig) -> tuple[int, int, int]:
+def count_images(config: TrainConfig) -> tuple[int, int, int]:
     """Classes of a run, and how often an image is trained on and is evaluated in all of it."""
     classes, each, tested = DATA[config.dataset]
     manifest = build_manifest(
@@ -105,6 +90,26 @@ def images_of(config: TrainConfig) -> tuple[int, int, int]:
     images, every = len(manifest.indices), config.probe_every
     probes = 1 + (len(range(0, config.epochs, every)) if every else 0)  # the last epoch is always measured
     return classes, images * config.epochs, images * probes + len(manifest.validation) * (config.epochs + 1) + tested
+
+
+def costs_of(net: nn.Module, images: Tensor, labels: Tensor, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Operations and seconds of one image by what is done with it, "train" or "evaluate"; images (B, C, H, W)."""
+    update, mixed = training_step(net), {"dtype": torch.bfloat16, "enabled": images.device.type == "cuda"}
+
+    def train() -> None:
+        with torch.autocast(images.device.type, **mixed):
+            update(images, labels)
+
+    def evaluate() -> None:
+        with torch.no_grad(), torch.autocast(images.device.type, **mixed):
+            net(images)
+
+    work, seconds = {}, {}
+    for name, run in (("train", train), ("evaluate", evaluate)):
+        net.train(name == "train")
+        work[name] = operations(run) / len(images)
+        seconds[name] = seconds_of(run, rounds, images.device) / len(images)
+    return work, seconds
 
 
 def operations(run: Callable[[], None]) -> int:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from recipes import benchmark_presets
-from recipes.benchmark_presets import DATA, PRESETS, images_of, operations, preset_rows
+from recipes.benchmark_presets import DATA, PRESETS, count_images, operations, preset_rows
 from recipes.config import parse
 
 
@@ -19,12 +19,12 @@ def test_operations_of_products_there_and_back():
     assert operations(lambda: net(images).sum().backward()) == 2 * conv + 3 * linear
 
 
-def test_images_of_a_run():
+def test_count_images_a_run():
     config = parse(["--config", str(PRESETS[0].with_name("cifar10_two_group.yaml")), "--output", "-"])
     images = 3 * 4500 + 7 * 450
-    assert images_of(config) == (10, 150 * images, 16 * images + 151 * 5000 + 10_000)  # measured at 0, 10, ..., 150
+    assert count_images(config) == (10, 150 * images, 16 * images + 151 * 5000 + 10_000)  # measured at 0, 10, ..., 150
     config = parse(["--epochs", "7", "--probe_every", "0", "--imbalance", "balanced", "--output", "-"])
-    assert images_of(config) == (10, 7 * 1080, 1080 + 8 * 120 + 596)
+    assert count_images(config) == (10, 7 * 1080, 1080 + 8 * 120 + 596)
     assert all(parse(["--config", str(path), "--output", "-"]).dataset in DATA for path in PRESETS)
 
 

@@ -24,6 +24,8 @@ from recipes.evaluate import main, table
 from recipes.figures import anytime_figure
 from timm_deq import Equilibrium, SolveLog
 
+pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
+
 ROOT = Path(__file__).parent.parent
 CONFUSION = np.array([[8, 2, 0, 0], [1, 3, 0, 0], [0, 0, 0, 0], [0, 0, 5, 1]])
 
@@ -55,12 +57,6 @@ def test_evaluate_counts_every_image_in_evaluation_mode(training):
     assert confusion.tolist() == expected.tolist()
     assert solver == {} and len(log) == 0
     assert bins[:, :, 0].sum(1).tolist() == expected.sum(1).tolist() and bins[:, :, 1].sum() == np.trace(expected)
-
-
-@pytest.fixture(autouse=True)
-def one_cpu_and_no_network(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,11 @@ from recipes.config import parse
 from recipes.longtail import Manifest
 from recipes.train import main
 
+pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
+
 PRESETS = sorted((Path(__file__).parent.parent / "recipes" / "presets").glob("*.yaml"))
 SHORT = "--epochs 2 --warmup_epochs 1 --max_updates 2 --probe_every 0 --workers 0"
 QUICK = f"--model test_resnet --img_size 32 {SHORT}"
-
-
-@pytest.fixture(autouse=True)
-def one_cpu_and_no_network(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 def noise(rng, size):

@@ -22,13 +22,9 @@ from recipes.figures import sample_evenly, tsne_figure
 from recipes.probe import main, named_group
 from timm_deq import Equilibrium
 
+pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
+
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def one_cpu_and_no_network(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -17,20 +16,12 @@ from recipes.longtail import Manifest
 from recipes.state import read_tree
 from recipes.train import main
 
-pytestmark = [pytest.mark.ddp, pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("one_cpu_and_no_network"), pytest.mark.ddp, pytest.mark.slow]
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 SIZES = np.array([30, 16, 9, 5])
 LABELS = np.repeat(np.arange(4), 34)  # of the train split
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_cpu_and_no_network():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        yield
 
 
 @pytest.fixture(scope="module")

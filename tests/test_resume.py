@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -28,16 +27,10 @@ from recipes.checkpoint import write_tensors, write_text
 from recipes.state import Progress, States, pack, unpack
 from recipes.train import main
 
+pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
+
 ROOT = Path(__file__).parent.parent
 SETTINGS = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_cpu_and_no_network():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,20 +4,15 @@ import json
 import math
 import shutil
 
-import datasets
 import pytest
 
 from recipes.tracking import scalars
 from recipes.train import main
 
+pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
+
 FLAGS = "--model test_resnet --img_size 32 --crop_pct 1 --epochs 2 --max_updates 14 --probe_every 2".split()
 TENSORBOARD = ["--tracker", "tensorboard", "--keep_checkpoints", "9"]
-
-
-@pytest.fixture(autouse=True)
-def one_cpu_and_no_network(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 def numbers(value, path=""):

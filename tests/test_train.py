@@ -20,13 +20,9 @@ from recipes.data import digits
 from recipes.longtail import Manifest
 from recipes.train import main
 
+pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
+
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def one_cpu_and_no_network(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 def launch(*words, ranks=1, sharded=False):

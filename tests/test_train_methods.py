@@ -19,15 +19,9 @@ from recipes.losses import Loss
 from recipes.pipeline import choose_pipeline
 from recipes.train import main
 
+pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
+
 SIZES = [18, 12, 6, 4]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_cpu_and_no_network():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        yield
 
 
 @pytest.fixture(scope="module")
