@@ -110,7 +110,17 @@ def one_by_one(net, split):
 def test_two_ranks_print_and_save_what_a_loop_over_single_images_finds(images, run, tmp_path):
     out = tmp_path / "new" / "anytime"
     launcher = "accelerate.commands.launch --multi_gpu --quiet --num_processes 2 --num_machines 1".split()
-    command = [*launcher, "--mixed_precision", "no", "--dynamo_backend", "no", "recipes/evaluate.py", str(run)]
+    command = [
+        *launcher,
+        "--main_process_port",
+        "0",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "recipes/evaluate.py",
+        str(run),
+    ]
     flags = ["--max-steps", "8", "2", "2", "--output", str(out)]
     names = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     whole = [sys.executable, "-m", *command, *flags]

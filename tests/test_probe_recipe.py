@@ -119,7 +119,17 @@ def test_two_ranks_find_what_one_does(images, run, tmp_path):
     words = [str(run), "--split", "test", "--layers", "stages", "--iterates", "--output"]
     assert main([*words, str(tmp_path / "one")]) == 0
     launcher = "accelerate.commands.launch --multi_gpu --quiet --num_processes 2 --num_machines 1".split()
-    command = [*launcher, "--mixed_precision", "no", "--dynamo_backend", "no", "recipes/probe.py", *words]
+    command = [
+        *launcher,
+        "--main_process_port",
+        "0",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "recipes/probe.py",
+        *words,
+    ]
     names = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     whole = [sys.executable, "-m", *command, str(tmp_path / "two")]
     done = subprocess.run(whole, cwd=ROOT, env=os.environ | names, capture_output=True, text=True, timeout=300)

@@ -37,8 +37,8 @@ def launch(folder, runs, *, sharded=False):
     """What each of two ranks has seen of runs, one after the other, as tests/launched_runs.py takes and tells it."""
     folder.mkdir()
     (folder / "runs.json").write_text(json.dumps([{"watched": False, "stop": None} | run for run in runs]))
-    device = "--use_fsdp --fsdp_version 2" if sharded else "--multi_gpu"
-    launcher = f"accelerate.commands.launch {device} --quiet --num_processes 2 --num_machines 1"
+    device = "--use_fsdp --fsdp_version 2" if sharded else "--multi_gpu"  # at a free port, as other tests launch too
+    launcher = f"accelerate.commands.launch {device} --quiet --num_processes 2 --num_machines 1 --main_process_port 0"
     defaults = "--mixed_precision no --dynamo_backend no tests/launched_runs.py"
     command = [sys.executable, "-m", *launcher.split(), *defaults.split(), str(folder / "runs.json")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | SETTINGS, capture_output=True, text=True, timeout=900)

@@ -29,7 +29,9 @@ def launch(*words, ranks=1, sharded=False):
     """`accelerate launch recipes/train.py`, with one thread in each process so that sums have one order."""
     # `--cpu` starts one process whatever number is asked for, unless there is MPI; `--multi_gpu` stands for several.
     device = "--cpu" if ranks == 1 else "--use_fsdp --fsdp_version 2" if sharded else "--multi_gpu"
-    launcher = f"accelerate.commands.launch {device} --quiet --num_processes {ranks} --num_machines 1"
+    launcher = (
+        f"accelerate.commands.launch {device} --quiet --num_processes {ranks} --num_machines 1 --main_process_port 0"
+    )
     settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     defaults = ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [sys.executable, "-m", *launcher.split(), *defaults, "recipes/train.py", *words]
