@@ -4,14 +4,14 @@
 
 prints the machine and the versions, and Markdown tables, a ratio below 1 being in our favour:
 
-* `solvers`: fixed-point solvers against TorchDEQ. A minute or two on two CPU cores; see recipes/benchmark_solvers.py.
+* `solvers`: fixed-point solvers against TorchDEQ. A minute or two on two CPU cores; see recipes/benchmarks/solvers.py.
 * `probe`: neural collapse against three passes of accumulators, its share of an evaluation and of training, and NC1
-  where class means merge. Five minutes on two CPU cores; see recipes/benchmark_probe.py and
-  recipes/benchmark_merged.py.
+  where class means merge. Five minutes on two CPU cores; see recipes/benchmarks/probe.py and
+  recipes/benchmarks/merged.py.
 * `pipeline`: images a second that the input pipeline delivers, beside those that a model trains at. A minute; see
-  recipes/benchmark_pipeline.py.
+  recipes/benchmarks/pipeline.py.
 * `presets`: what a run of each preset costs at most, foretold from a few updates. Two minutes on two CPU cores; see
-  recipes/benchmark_presets.py.
+  recipes/benchmarks/presets.py.
 
 Without a name it does all of them.
 """
@@ -27,13 +27,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from recipes.benchmark_tables import Row, table
+from recipes.benchmarks.tables import Row, table
 
 Tables = Mapping[str, Iterable[Row]]
 
 
 def solvers(args: argparse.Namespace) -> Tables:
-    from recipes import benchmark_solvers as part  # needs torchdeq
+    from recipes.benchmarks import solvers as part  # needs torchdeq
 
     return {
         "evaluations": part.evaluations(args.device, args.tolerances),
@@ -43,8 +43,8 @@ def solvers(args: argparse.Namespace) -> Tables:
 
 
 def probe(args: argparse.Namespace) -> Tables:
-    from recipes import benchmark_merged as merged
-    from recipes import benchmark_probe as part
+    from recipes.benchmarks import merged
+    from recipes.benchmarks import probe as part
 
     if args.figures:
         args.figures.mkdir(parents=True, exist_ok=True)
@@ -58,13 +58,13 @@ def probe(args: argparse.Namespace) -> Tables:
 
 
 def pipeline(args: argparse.Namespace) -> Tables:
-    from recipes import benchmark_pipeline as part
+    from recipes.benchmarks import pipeline as part
 
     return {"pipeline": part.pipeline_rows(part.images_of(args.dataset), device=args.device)}
 
 
 def presets(args: argparse.Namespace) -> Tables:
-    from recipes import benchmark_presets as part
+    from recipes.benchmarks import presets as part
 
     return {"presets": part.preset_rows(args.device, args.rounds)}
 

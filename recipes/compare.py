@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from recipes.config import TrainConfig
+from recipes.settings.config import TrainConfig
 
 NOT_SETTINGS = ("seed", "output")
 

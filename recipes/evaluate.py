@@ -27,19 +27,27 @@ from accelerate.utils import set_seed, tqdm
 from matplotlib.figure import Figure
 from timm.data.model_config import resolve_input_data_config
 
-from recipes.accuracy import accuracies, evaluate, recalls
-from recipes.calibration import calibration_errors
-from recipes.checkpoint import create_model, load_run, new_folder, read_config, to_json, whole_folder, write_text
-from recipes.classifiers import tau_normalise
-from recipes.config import TrainConfig
-from recipes.contradictions import correction
-from recipes.data import ImageSplit, ImageView, eval_loader, eval_transform, load_splits, open_dataset
-from recipes.faults import exit_code
-from recipes.figures import anytime_figure, confusion_figure, reliability_figure
-from recipes.longtail import Manifest
-from recipes.mistakes import check
-from recipes.outcome import environment
-from recipes.priors import adjust_logits
+from recipes.errors import check
+from recipes.images.sources import ImageSplit, ImageView, eval_loader, eval_transform, load_splits, open_dataset
+from recipes.imbalance.classifiers import tau_normalise
+from recipes.imbalance.priors import adjust_logits
+from recipes.results.accuracy import accuracies, evaluate, recalls
+from recipes.results.calibration import calibration_errors
+from recipes.results.figures import anytime_figure, confusion_figure, reliability_figure
+from recipes.settings.config import TrainConfig
+from recipes.settings.contradictions import correction
+from recipes.training.checkpoint import (
+    create_model,
+    load_run,
+    new_folder,
+    read_config,
+    to_json,
+    whole_folder,
+    write_text,
+)
+from recipes.training.faults import exit_code
+from recipes.training.manifest import Manifest
+from recipes.training.outcome import environment
 from timm_deq import Equilibrium, set_solver
 
 IMAGE_FLAGS: dict[str, tuple[type, str]] = {

@@ -32,16 +32,16 @@ from torch.utils.data import DataLoader
 
 from nc_probe import CONVENTIONS, CollapseReport, NCProbe
 from nc_probe.plots import plot_angles, plot_depth, plot_grams, plot_iterates
-from recipes.accuracy import sum_over_ranks
-from recipes.checkpoint import new_folder, to_json, whole_folder, write_text
-from recipes.config import TrainConfig
-from recipes.data import ImageSplit, ImageView, eval_loader, eval_transform
 from recipes.evaluate import Parser, open_model, open_split, settings
-from recipes.faults import exit_code
-from recipes.figures import sample_evenly, tsne_figure
-from recipes.longtail import Manifest
-from recipes.outcome import environment
-from recipes.profiles import Groups, two_group
+from recipes.images.sources import ImageSplit, ImageView, eval_loader, eval_transform
+from recipes.imbalance.profiles import Groups, two_group
+from recipes.results.accuracy import sum_over_ranks
+from recipes.results.figures import sample_evenly, tsne_figure
+from recipes.settings.config import TrainConfig
+from recipes.training.checkpoint import new_folder, to_json, whole_folder, write_text
+from recipes.training.faults import exit_code
+from recipes.training.manifest import Manifest
+from recipes.training.outcome import environment
 
 # t-SNE of more samples takes minutes, and shows no more.
 TSNE_SAMPLES = 2000

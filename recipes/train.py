@@ -30,24 +30,24 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
 
 from nc_probe import NCProbe
-from recipes.accuracy import accuracies, evaluate, recalls, sum_over_ranks
-from recipes.augment import BatchMix
-from recipes.checkpoint import append_line, create_model, save_checkpoint, to_json, write_text
-from recipes.classifiers import second_stage
-from recipes.config import TrainConfig, parse
-from recipes.data import load_splits, open_dataset
-from recipes.faults import Termination, check_finite, exit_code, naming_checkpoint, stop
-from recipes.figures import save_figures
-from recipes.longtail import choose_images
-from recipes.objective import Objective, create_criterion
-from recipes.outcome import environment, run_title, summary
-from recipes.pipeline import choose_pipeline
-from recipes.resume import find_start
-from recipes.sampling import EpochSampler
-from recipes.sharding import gather, plain_twin, start_accelerator
-from recipes.state import Progress, States
-from recipes.tracking import check_tracker, scalars, start_tracker
-from recipes.workers import naming_dead_workers
+from recipes.images.augment import BatchMix
+from recipes.images.pipeline import choose_pipeline
+from recipes.images.sources import load_splits, open_dataset
+from recipes.images.workers import naming_dead_workers
+from recipes.imbalance.classifiers import second_stage
+from recipes.imbalance.sampling import EpochSampler
+from recipes.results.accuracy import accuracies, evaluate, recalls, sum_over_ranks
+from recipes.results.figures import save_figures
+from recipes.settings.config import TrainConfig, parse
+from recipes.training.checkpoint import append_line, create_model, save_checkpoint, to_json, write_text
+from recipes.training.faults import Termination, check_finite, exit_code, naming_checkpoint, stop
+from recipes.training.manifest import choose_images
+from recipes.training.objective import Objective, create_criterion
+from recipes.training.outcome import environment, run_title, summary
+from recipes.training.resume import find_start
+from recipes.training.sharding import gather, plain_twin, start_accelerator
+from recipes.training.state import Progress, States
+from recipes.training.tracking import check_tracker, scalars, start_tracker
 from timm_deq import Equilibrium, NonFiniteInputError
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from recipes.data import digits
+from recipes.images.sources import digits
 
 
 def save_few_digits(folder: Path, *, train: int, test: int, numbered: bool = False) -> Path:

@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import recipes.train
-from recipes.losses import Loss
+from recipes.imbalance.losses import Loss
 
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from recipes.augment import (
+from recipes.images.augment import (
     Augmentation,
     BatchMix,
     Cutout,

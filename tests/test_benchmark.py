@@ -6,11 +6,14 @@ import warnings
 import pytest
 import torch
 
-from recipes import benchmark, benchmark_merged, benchmark_probe, benchmark_tables
+from recipes import benchmark
+from recipes.benchmarks import merged as benchmark_merged
+from recipes.benchmarks import probe as benchmark_probe
+from recipes.benchmarks import tables as benchmark_tables
 
 with warnings.catch_warnings():  # docstrings of torchdeq hold escapes that Python warns of when it compiles them
     warnings.simplefilter("ignore")
-    from recipes import benchmark_solvers
+    from recipes.benchmarks import solvers as benchmark_solvers
 
 
 def test_table():

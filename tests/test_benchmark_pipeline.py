@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.benchmark_pipeline import images_of, images_per_second, measured_memory, noise, pipeline_rows
+from recipes.benchmarks.pipeline import images_of, images_per_second, measured_memory, noise, pipeline_rows
 
 
 def test_a_rate_leaves_out_the_first_batch(monkeypatch):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from recipes import benchmark_presets
-from recipes.benchmark_presets import DATA, PRESETS, count_images, operations, preset_rows
-from recipes.config import parse
+from recipes.benchmarks import presets as benchmark_presets
+from recipes.benchmarks.presets import DATA, PRESETS, count_images, operations, preset_rows
+from recipes.settings.config import parse
 
 
 def test_operations_of_products_there_and_back():

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from recipes import benchmark_merged, benchmark_probe
+from recipes.benchmarks import merged as benchmark_merged
+from recipes.benchmarks import probe as benchmark_probe
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 
 with warnings.catch_warnings():  # docstrings of torchdeq hold escapes that Python warns of when it compiles them
     warnings.simplefilter("ignore")
-    from recipes import benchmark_solvers as benchmark
+    from recipes.benchmarks import solvers as benchmark
 
 CPU = torch.device("cpu")
 

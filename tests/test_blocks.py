@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nc_probe.blocks import block_rows, deviations
+from nc_probe.moments.blocks import block_rows, deviations
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.calibration import bin_table, calibration_error, calibration_errors
-from recipes.figures import confusion_figure, reliability_figure
+from recipes.results.calibration import bin_table, calibration_error, calibration_errors
+from recipes.results.figures import confusion_figure, reliability_figure
 
 
 def by_definition(probabilities, labels, bins=15):

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import timm_deq  # noqa: F401 - registers its models
-from recipes import checkpoint
-from recipes.checkpoint import save_checkpoint, to_json, write_text
+from recipes.training import checkpoint
+from recipes.training.checkpoint import save_checkpoint, to_json, write_text
 
 DATA_CONFIG = dict(
     input_size=(3, 48, 48), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2), interpolation="bilinear", crop_pct=0.9

@@ -13,8 +13,7 @@ from torch import nn
 import timm_deq  # noqa: F401 - registers its models
 from nc_probe import NCProbe
 from nc_probe import simplex_etf as reference
-from recipes.checkpoint import save_checkpoint
-from recipes.classifiers import (
+from recipes.imbalance.classifiers import (
     KINDS,
     STAGES,
     classifier_name,
@@ -24,7 +23,8 @@ from recipes.classifiers import (
     simplex_etf,
     tau_normalise,
 )
-from recipes.losses import create_loss
+from recipes.imbalance.losses import create_loss
+from recipes.training.checkpoint import save_checkpoint
 
 K, SIZE = 4, 48
 DATA_CONFIG = dict(input_size=(3, SIZE, SIZE), mean=(0.5,) * 3, std=(0.2,) * 3, interpolation="bilinear", crop_pct=0.9)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipes.config import TrainConfig, parse
+from recipes.settings.config import TrainConfig, parse
 
 PRESETS = sorted((Path(__file__).parent.parent / "recipes" / "presets").glob("*.yaml"))
 

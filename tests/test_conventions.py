@@ -8,7 +8,7 @@ import torch
 from collapsed import crosses, etf, moments_of
 
 from nc_probe import CONVENTIONS, Agreement, ClassMoments, measure
-from nc_probe.conventions import fang2021, papyan2020, zhu2021
+from nc_probe.measures.conventions import fang2021, papyan2020, zhu2021
 
 # d and the samples of each class
 SHAPES = [(9, [12] * 5), (9, [40, 40, 5, 5, 5]), (9, [30, 9, 4, 2, 1]), (4, [25] * 7), (4, [60, 20, 9, 5, 3, 2, 1])]

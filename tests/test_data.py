@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from recipes.data import (
+from recipes.images.digits import digits
+from recipes.images.sources import (
     CorruptImageError,
     ImageView,
     eval_loader,
@@ -19,8 +20,7 @@ from recipes.data import (
     train_loader,
     train_transform,
 )
-from recipes.digits import digits
-from recipes.sampling import EpochSampler
+from recipes.imbalance.sampling import EpochSampler
 
 DATA_CONFIG = dict(
     input_size=(3, 16, 16), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), interpolation="bilinear", crop_pct=1.0

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from nc_probe.decisions import Scores
+from nc_probe.moments.decisions import Scores
 
 K, d = 5, 24
 

@@ -18,10 +18,10 @@ from timm.models import save_for_hf
 from torch import nn
 
 from recipes import train
-from recipes.accuracy import accuracies, evaluate, recalls
-from recipes.data import digits
 from recipes.evaluate import main, table
-from recipes.figures import anytime_figure
+from recipes.images.sources import digits
+from recipes.results.accuracy import accuracies, evaluate, recalls
+from recipes.results.figures import anytime_figure
 from timm_deq import Equilibrium, SolveLog
 
 pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")

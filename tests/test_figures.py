@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from nc_probe import ClassMoments, measure
-from recipes.figures import convergence_figure, residual_figure, save_figures, training_figure
+from recipes.results.figures import convergence_figure, residual_figure, save_figures, training_figure
 from timm_deq import Equilibrium, Picard, SolveLog
 
 GROUPS = ("majority", "minority")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nc_probe import ReferenceGram, orthogonal_frame, seli, simplex_etf
-from nc_probe.geometry import simplex_etf_cosine
+from nc_probe.measures.geometry import simplex_etf_cosine
 
 COUNTS = [
     [7, 7, 7, 7],

@@ -9,7 +9,7 @@ from torch import nn
 
 import timm_deq  # noqa: F401  (registers its models)
 from nc_probe import NCProbe, find_head
-from nc_probe.taps import HeadTap
+from nc_probe.hooks.taps import HeadTap
 
 K = 7
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes.longtail import Manifest, build_manifest, carve_validation, subsample
-from recipes.profiles import PROFILES
+from recipes.imbalance.profiles import PROFILES
+from recipes.training.manifest import Manifest, build_manifest, carve_validation, subsample
 
 labels_of_any_set = st.lists(st.integers(0, 4), min_size=20, max_size=200).map(np.array)
 

@@ -11,8 +11,8 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.loss.class_weights import compute_class_weights
 from torch import nn
 
-from recipes.losses import LOSSES, LogitAdjustment, create_loss, loss_parameters
-from recipes.priors import adjust_logits, class_weights
+from recipes.imbalance.losses import LOSSES, LogitAdjustment, create_loss, loss_parameters
+from recipes.imbalance.priors import adjust_logits, class_weights
 
 mp.mp.dps = 60
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from collapsed import crosses, etf, frame, moments_of
 
-from nc_probe import measure, measures
+from nc_probe import measure
+from nc_probe.measures import formulas
 
 mp.mp.dps = 60
 
@@ -136,11 +137,11 @@ def test_coinciding_means_are_dropped_and_the_rank_says_so(offset):
 
 def test_rank_is_bounded_by_what_the_centring_leaves():
     rows, weights = torch.eye(4, dtype=torch.float64), torch.full((4,), 0.25, dtype=torch.float64)
-    assert measures.between_inverse(rows, weights).rank == 4
-    inverse = measures.between_inverse(rows, weights, max_rank=3)
+    assert formulas.between_inverse(rows, weights).rank == 4
+    inverse = formulas.between_inverse(rows, weights, max_rank=3)
     assert inverse.rank == 3 and inverse.basis.shape == (4, 3)
     # S_B = I/4 on what is kept
-    assert measures.nc1(inverse, torch.eye(4, dtype=torch.float64), 4) == pytest.approx(3)
+    assert formulas.nc1(inverse, torch.eye(4, dtype=torch.float64), 4) == pytest.approx(3)
 
 
 def test_perfect_collapse():
@@ -163,7 +164,7 @@ def test_wide_and_tall_means_have_the_inverse_of_their_covariance():
     gen = torch.Generator().manual_seed(0)
     for K, d in ((4, 9), (9, 4), (6, 6), (1, 3), (3, 1)):
         rows, pi = torch.randn(K, d, generator=gen).double(), torch.rand(K, generator=gen).double()
-        inverse = measures.between_inverse(rows, pi)
+        inverse = formulas.between_inverse(rows, pi)
         S_B = sum(p * torch.outer(row, row) for p, row in zip(pi, rows, strict=True))
         expected = torch.linalg.pinv(S_B, rtol=1e-12)
         assert inverse.rank == min(K, d) and inverse.basis.shape == (d, min(K, d))
@@ -175,20 +176,20 @@ def test_self_duality():
     W, M = torch.randn(5, 3, generator=gen).double(), torch.randn(5, 3, generator=gen).double()
     # ||a - b||^2 = 2 - 2 a.b for unit vectors.
     expected = math.sqrt(2 - 2 * float((W * M).sum() / (W.square().sum() * M.square().sum()).sqrt()))
-    assert measures.self_duality(W, M) == pytest.approx(expected)
-    assert measures.self_duality(2 * M, M) == pytest.approx(0, abs=1e-15)
-    assert measures.self_duality(-M, M) == pytest.approx(2)
+    assert formulas.self_duality(W, M) == pytest.approx(expected)
+    assert formulas.self_duality(2 * M, M) == pytest.approx(0, abs=1e-15)
+    assert formulas.self_duality(-M, M) == pytest.approx(2)
     expected = [float(w @ m / w.norm() / m.norm()) for w, m in zip(W, M, strict=True)]
-    assert measures.self_duality_cosines(W, M).tolist() == pytest.approx(expected)
+    assert formulas.self_duality_cosines(W, M).tolist() == pytest.approx(expected)
 
 
 def test_undefined_is_nan():
     one, zero = torch.ones(1, 3, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
-    values = [measures.equinorm(one), measures.equinorm(one[:0]), measures.self_duality(one[:0], one[:0])]
-    values += [measures.mean_norm(one[:0]), measures.trace_quotient(one.sum(), 0 * one.sum())]
-    inverse = measures.between_inverse(zero, torch.full((3,), 1 / 3).double())
-    values += [inverse.condition, measures.nc1(inverse, torch.eye(4).double(), 3)]
-    ranks = measures.spectrum(torch.zeros(4, 4).double(), torch.ones(4).double())
+    values = [formulas.equinorm(one), formulas.equinorm(one[:0]), formulas.self_duality(one[:0], one[:0])]
+    values += [formulas.mean_norm(one[:0]), formulas.trace_quotient(one.sum(), 0 * one.sum())]
+    inverse = formulas.between_inverse(zero, torch.full((3,), 1 / 3).double())
+    values += [inverse.condition, formulas.nc1(inverse, torch.eye(4).double(), 3)]
+    ranks = formulas.spectrum(torch.zeros(4, 4).double(), torch.ones(4).double())
     values += [ranks.stable_rank, ranks.participation_ratio]
     assert all(map(math.isnan, values)) and inverse.rank == ranks.rank == 0
 
@@ -196,7 +197,7 @@ def test_undefined_is_nan():
 def test_spectrum_of_known_eigenvalues():
     Q = frame(6, 6)
     total = (Q * torch.tensor([4.0, 2.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64)) @ Q.T
-    ranks = measures.spectrum(total, torch.zeros(6, dtype=torch.float64))
+    ranks = formulas.spectrum(total, torch.zeros(6, dtype=torch.float64))
     assert ranks.rank == 4
     assert ranks.stable_rank == pytest.approx(2) and ranks.participation_ratio == pytest.approx(64 / 22)
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from recipes.outcome import summary
+from recipes.training.outcome import summary
 
 
 def test_numbers_that_there_are_not_are_dashes():

@@ -9,7 +9,8 @@ import pytest
 import torch
 from collapsed import etf, frame, moments_of, vectors_of
 
-from nc_probe import measure, measures, orthogonal_frame, pairwise, seli, simplex_etf
+from nc_probe import measure, orthogonal_frame, seli, simplex_etf
+from nc_probe.measures import formulas, pairwise
 
 mp.mp.dps = 60
 
@@ -41,8 +42,8 @@ def test_against_loops(tile):
     assert pairwise.equiangle(rows, num_classes=11)[1] == pytest.approx(float((cosines + 1 / 10).abs().mean()))
     assert pairwise.mean_cosine(rows) == pytest.approx(float(cosines.mean()))
     norms = torch.tensor([math.sqrt(sum(v * v for v in row)) for row in rows.tolist()], dtype=torch.float64)
-    assert measures.equinorm(rows) == pytest.approx(float(((norms - norms.mean()) ** 2).mean().sqrt() / norms.mean()))
-    assert measures.mean_norm(rows) == pytest.approx(float(norms.mean()))
+    assert formulas.equinorm(rows) == pytest.approx(float(((norms - norms.mean()) ** 2).mean().sqrt() / norms.mean()))
+    assert formulas.mean_norm(rows) == pytest.approx(float(norms.mean()))
     gaps = (2 - 2 * cosines).sqrt()
     for K in (7, 11):
         delta = math.sqrt(2 * K / (K - 1))

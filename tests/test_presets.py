@@ -10,9 +10,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from recipes.config import parse
-from recipes.longtail import Manifest
+from recipes.settings.config import parse
 from recipes.train import main
+from recipes.training.manifest import Manifest
 
 pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
 

@@ -14,7 +14,8 @@ import torch
 from collapsed import crosses, frame
 from torch import nn
 
-from nc_probe import ClassMoments, NCProbe, checks, measure, second_look
+from nc_probe import ClassMoments, NCProbe, measure
+from nc_probe.moments import checks, second_look
 
 K, d = 4, 6
 GROUPS = {"majority": [0, 1], "minority": [2, 3]}

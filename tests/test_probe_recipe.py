@@ -17,9 +17,9 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
 from recipes import probe, train
-from recipes.data import digits
-from recipes.figures import sample_evenly, tsne_figure
+from recipes.images.sources import digits
 from recipes.probe import main, named_group
+from recipes.results.figures import sample_evenly, tsne_figure
 from timm_deq import Equilibrium
 
 pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes.profiles import (
+from recipes.imbalance.profiles import (
     PROFILES,
     as_is,
     balanced,

@@ -12,9 +12,9 @@ import torch
 from few_digits import save_few_digits
 from safetensors.torch import load_file
 
-from recipes.longtail import Manifest
-from recipes.state import read_tree
 from recipes.train import main
+from recipes.training.manifest import Manifest
+from recipes.training.state import read_tree
 
 pytestmark = [pytest.mark.usefixtures("one_cpu_and_no_network"), pytest.mark.ddp, pytest.mark.slow]
 

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from nc_probe import Agreement, ClassMoments, CollapseReport, measure, measures, simplex_etf
-from nc_probe.pairwise import cosine_gram, gram_distance, mean_cosine
+from nc_probe import Agreement, ClassMoments, CollapseReport, measure, simplex_etf
+from nc_probe.measures import formulas
+from nc_probe.measures.pairwise import cosine_gram, gram_distance, mean_cosine
 from nc_probe.plots import plot_grams
 
 K, d = 5, 7
@@ -38,7 +39,7 @@ def test_global_centre_and_weighting():
         pi = torch.full((K,), 1 / K).double() if center == "balanced" else torch.bincount(labels).double() / 95
         assert report.nc1_trace == pytest.approx(float(pi @ within / (pi @ M.square().sum(1))))
         assert report.class_variance == pytest.approx(within.tolist())
-        assert report.nc3 == pytest.approx(measures.self_duality(W, M))
+        assert report.nc3 == pytest.approx(formulas.self_duality(W, M))
         assert report.nc2 == report.nc2_etf == pytest.approx(gram_distance(M, simplex_etf(K)))
         assert report.nc2_etf_weight == pytest.approx(gram_distance(W, simplex_etf(K)))
         torch.testing.assert_close(report.means, M)
@@ -61,7 +62,7 @@ def test_groups_take_their_classes_about_the_global_centre():
     assert group.nc2_etf == pytest.approx(gram_distance(M, simplex_etf(K, size=3)))
     assert group.nc2_etf_weight == pytest.approx(gram_distance(W[2:], simplex_etf(K, size=3)))
     assert group.mean_cosine == pytest.approx(mean_cosine(M))
-    assert group.nc3 == pytest.approx(measures.self_duality(W[2:], M))
+    assert group.nc3 == pytest.approx(formulas.self_duality(W[2:], M))
 
 
 def test_group_of_all_classes_is_the_whole():
@@ -229,7 +230,7 @@ def test_grams_without_the_classes_that_have_no_samples():
     labels = torch.tensor([0, 3, 4]).repeat(9)
     W = torch.randn(K, d)
     report = measure(ClassMoments(K, d).update(torch.randn(27, d), labels), W, groups={"some": [4, 1, 0]})
-    assert len(report.class_norm_weight) == 3 and report.nc2_norm_weight == pytest.approx(measures.equinorm(W.double()))
+    assert len(report.class_norm_weight) == 3 and report.nc2_norm_weight == pytest.approx(formulas.equinorm(W.double()))
     assert plot_grams(report).axes[0].get_yticklabels()[2].get_text() == "3"
     _, right, _ = plot_grams(report.groups["some"]).axes
     cosine = torch.nn.functional.cosine_similarity(W[0], W[4], dim=0)

@@ -10,11 +10,11 @@ import torch
 from accelerate.utils import tqdm
 from PIL import Image, ImageOps
 
-from recipes.augment import Augmentation
-from recipes.data import CorruptImageError, ImageSplit, ImageView, eval_loader, eval_transform
-from recipes.pipeline import choose_pipeline
-from recipes.resident import ResidentLoader, decode
-from recipes.sampling import EpochSampler
+from recipes.images.augment import Augmentation
+from recipes.images.pipeline import choose_pipeline
+from recipes.images.resident import ResidentLoader, decode
+from recipes.images.sources import CorruptImageError, ImageSplit, ImageView, eval_loader, eval_transform
+from recipes.imbalance.sampling import EpochSampler
 
 CONFIG = dict(input_size=(3, 12, 10), mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3), interpolation="bicubic", crop_pct=0.9)
 GREY = CONFIG | {"input_size": (1, 12, 10), "mean": (0.45,), "std": (0.22,)}
@@ -68,7 +68,7 @@ def test_evaluation_gets_the_tensors_that_workers_give(split, config):
 
 def test_decoding_in_processes_changes_nothing(split, monkeypatch):
     alone = decode(split, INDICES, CONFIG, workers=0)
-    monkeypatch.setattr("recipes.resident._AT_ONCE", 4 * 360 + 5)  # batches of four
+    monkeypatch.setattr("recipes.images.resident._AT_ONCE", 4 * 360 + 5)  # batches of four
     assert torch.equal(decode(split, INDICES, CONFIG, workers=2).pixels, alone.pixels)
     assert len(alone) == 37 and alone.pixels.dtype == torch.uint8
 
@@ -93,8 +93,8 @@ AUGMENTATION = dict(crop_pad=3, hflip=0.5, cutout=4, re_prob=0.5)
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_decodes_the_images_whether_it_shows_a_bar_or_not(split, monkeypatch, rank):
-    monkeypatch.setattr("recipes.resident._AT_ONCE", 2000)  # several batches
-    monkeypatch.setattr("recipes.resident.tqdm", partial(tqdm, disable=rank > 0))
+    monkeypatch.setattr("recipes.images.resident._AT_ONCE", 2000)  # several batches
+    monkeypatch.setattr("recipes.images.resident.tqdm", partial(tqdm, disable=rank > 0))
     frame = eval_transform(CONFIG).transforms[:-2]
     for picture, index in zip(decode(split, INDICES, CONFIG).pixels, INDICES, strict=True):
         image = split.read(int(index), "RGB")

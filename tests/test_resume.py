@@ -22,10 +22,10 @@ from safetensors import safe_open
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from recipes import state
-from recipes.checkpoint import write_tensors, write_text
-from recipes.state import Progress, States, pack, unpack
 from recipes.train import main
+from recipes.training import state
+from recipes.training.checkpoint import write_tensors, write_text
+from recipes.training.state import Progress, States, pack, unpack
 
 pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
 

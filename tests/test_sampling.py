@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from recipes.sampling import ORDERS, EpochSampler, count_out
+from recipes.imbalance.sampling import ORDERS, EpochSampler, count_out
 
 SIZES = [60, 30, 7]
 LABELS = np.repeat([0, 1, 2], SIZES)

@@ -7,7 +7,7 @@ from torch import nn
 
 import timm_deq  # noqa: F401  (registers its models)
 from nc_probe import ClassMoments, NCProbe, measure
-from nc_probe.taps import layer_taps, pooled
+from nc_probe.hooks.taps import layer_taps, pooled
 from timm_deq import Equilibrium, Picard
 
 K = 3

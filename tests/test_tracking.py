@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from recipes.tracking import scalars
 from recipes.train import main
+from recipes.training.tracking import scalars
 
 pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
 

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from recipes.config import parse
-from recipes.data import digits
-from recipes.longtail import Manifest
+from recipes.images.sources import digits
+from recipes.settings.config import parse
 from recipes.train import main
+from recipes.training.manifest import Manifest
 
 pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
 

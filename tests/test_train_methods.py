@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from recipes import evaluate
-from recipes.checkpoint import load_run
-from recipes.data import load_splits
-from recipes.longtail import Manifest
-from recipes.losses import Loss
-from recipes.pipeline import choose_pipeline
+from recipes.images.pipeline import choose_pipeline
+from recipes.images.sources import load_splits
+from recipes.imbalance.losses import Loss
 from recipes.train import main
+from recipes.training.checkpoint import load_run
+from recipes.training.manifest import Manifest
 
 pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
 

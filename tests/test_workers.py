@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from recipes.workers import ImageLoader, WorkerDiedError, naming_dead_workers
+from recipes.images.workers import ImageLoader, WorkerDiedError, naming_dead_workers
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from nc_probe import CollapseReport
 from nc_probe.plots import plot_grams
-from recipes.calibration import calibration_error
+from recipes.results.calibration import calibration_error
 from timm_deq import SolveLog, Status
 
 # Okabe & Ito (2008): told apart by readers of any colour vision.
@@ -219,7 +219,7 @@ def reliability_figure(bins: np.ndarray, *, title: str) -> Figure:
     """Accuracy against confidence, with the part of the images in each bin beside it.
 
     Args:
-        bins: table of `recipes.calibration`, (K, M, 3).
+        bins: table of `recipes.results.calibration`, (K, M, 3).
         title: above the picture.
     """
     images, right, confidence = bins.sum(0).T

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from recipes.classifiers import RowScales, fold, replace_classifier
-from recipes.config import TrainConfig, parse
-from recipes.contradictions import SCALE
-from recipes.mistakes import check, nearest
+from recipes.errors import check, nearest
+from recipes.imbalance.classifiers import RowScales, fold, replace_classifier
+from recipes.settings.config import TrainConfig, parse
+from recipes.settings.contradictions import SCALE
 
 
 def create_model(config: TrainConfig, num_classes: int | None) -> Any:

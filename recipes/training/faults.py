@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from recipes.data import CorruptImageError
-from recipes.workers import WorkerDiedError
+from recipes.images.sources import CorruptImageError
+from recipes.images.workers import WorkerDiedError
 from timm_deq import NonFiniteInputError
 
 

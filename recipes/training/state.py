@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recipes.checkpoint import draft_of, publish, remove_folder, write_tensors, write_text
-from recipes.sharding import shard_like, whole
+from recipes.training.checkpoint import draft_of, publish, remove_folder, write_tensors, write_text
+from recipes.training.sharding import shard_like, whole
 
 
 @dataclass

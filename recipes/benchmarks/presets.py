@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from recipes.benchmark_pipeline import training_step
-from recipes.benchmark_tables import Row
-from recipes.checkpoint import create_model
-from recipes.config import TrainConfig, parse
-from recipes.longtail import build_manifest
+from recipes.benchmarks.pipeline import training_step
+from recipes.benchmarks.tables import Row
+from recipes.settings.config import TrainConfig, parse
+from recipes.training.checkpoint import create_model
+from recipes.training.manifest import build_manifest
 from timm_deq import Equilibrium, Implicit
 
-PRESETS = sorted((Path(__file__).parent / "presets").glob("*.yaml"))
+PRESETS = sorted((Path(__file__).parents[1] / "presets").glob("*.yaml"))
 
 # Classes, images of each in the training split, images of the test split.
 DATA = {

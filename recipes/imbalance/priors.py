@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recipes.mistakes import check
+from recipes.errors import check
 
 
 def check_counts(counts: Tensor | Sequence[float]) -> Tensor:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchdeq.solver import anderson_solver, broyden_solver
 
-from recipes.benchmark_tables import Row, compared, milliseconds
+from recipes.benchmarks.tables import Row, compared, milliseconds
 from timm_deq import Anderson, Broyden, fixed_point
 from timm_deq.models.deq_resnet import ResidualCell
 

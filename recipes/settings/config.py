@@ -13,9 +13,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from timm.optim import list_optimizers
 
-from recipes.command_line import arranged
-from recipes.contradictions import check_contradictions, profile_settings
-from recipes.mistakes import check, nearest
+from recipes.errors import check, nearest
+from recipes.settings.command_line import arranged
+from recipes.settings.contradictions import check_contradictions, profile_settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 import timm
 
 import timm_deq  # noqa: F401 - registers its models
-from recipes.mistakes import check
-from recipes.profiles import PROFILES
+from recipes.errors import check
+from recipes.imbalance.profiles import PROFILES
 
 if TYPE_CHECKING:
-    from recipes.config import TrainConfig
+    from recipes.settings.config import TrainConfig
 
 # What makes up for the imbalance by itself, so that two of them would do so twice.
 CORRECTING_SAMPLERS = ("class_balanced", "class_aware", "reverse")
 CORRECTING_LOSSES = ("class_balanced", "balanced_softmax", "logit_adjustment", "vs")
 
-# Parameters of every loss, which have flags of their own: their names in recipes/losses.py, and the flags.
+# Parameters of every loss, which have flags of their own: their names in recipes/imbalance/losses.py, and the flags.
 LOSS_FLAGS = {"label_smoothing": "label_smoothing", "reweight_epoch": "reweight_epoch", "beta": "reweight_beta"}
 
 SCALE = 30.0  # of cosine and etf classifiers and of ldam, unless said otherwise

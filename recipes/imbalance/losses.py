@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.mistakes import check, nearest
-from recipes.priors import check_counts, class_weights, log_prior, widen
+from recipes.errors import check, nearest
+from recipes.imbalance.priors import check_counts, class_weights, log_prior, widen
 
 
 class Loss(nn.Module, ABC):
@@ -252,7 +252,8 @@ class LDAM(Loss):
 
     The margins Delta_k = C / n_k^(1/4) are scaled so that the largest is `max_margin`. They are margins between
     cosines: the logits must be s times the cosine of feature and class vector, as the "cosine" classifier of
-    `recipes.classifiers` with the same `scale` gives them. They are used as they come, not multiplied by s again.
+    `recipes.imbalance.classifiers` with the same `scale` gives them. They are used as they come, not multiplied by s
+    again.
 
     Source: Cao, Wei, Gaidon, Arechiga & Ma, "Learning imbalanced datasets with label-distribution-aware margin loss",
     NeurIPS 2019 (arXiv 1906.07413). With `reweight_epoch` it is their LDAM-DRW.

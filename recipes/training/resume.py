@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from recipes.checkpoint import draft_of, new_folder, remove_folder, to_json, whole_folder, write_text
-from recipes.config import TrainConfig
-from recipes.state import Progress, list_states, read_state, state_name
+from recipes.settings.config import TrainConfig
+from recipes.training.checkpoint import draft_of, new_folder, remove_folder, to_json, whole_folder, write_text
+from recipes.training.state import Progress, list_states, read_state, state_name
 
 FREE = ("output", "resume", "checkpoint_every", "keep_checkpoints")  # what a run may change when it goes on
 

@@ -27,7 +27,7 @@ import numpy as np
 
 Groups = dict[str, list[int]]
 
-_RANKING = 3  # its own random stream, beside those of recipes/longtail.py
+_RANKING = 3  # its own random stream, beside those of recipes/training/manifest.py
 
 # Few below the first, many above the second: images of a class (Liu et al. 2019), or shares of the classes.
 _BOUNDS = {"thresholds": (20, 100), "quantiles": (1 / 3, 2 / 3)}

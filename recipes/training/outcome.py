@@ -7,8 +7,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from recipes.config import TrainConfig
-from recipes.longtail import Manifest
+from recipes.settings.config import TrainConfig
+from recipes.training.manifest import Manifest
 
 
 def run_title(config: TrainConfig, manifest: Manifest) -> str:

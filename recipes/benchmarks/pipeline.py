@@ -21,10 +21,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import timm_deq  # noqa: F401  registers the models
-from recipes.benchmark_tables import Row
-from recipes.data import ImageSplit, load_splits, open_dataset
-from recipes.pipeline import choose_pipeline
-from recipes.sampling import EpochSampler
+from recipes.benchmarks.tables import Row
+from recipes.images.pipeline import choose_pipeline
+from recipes.images.sources import ImageSplit, load_splits, open_dataset
+from recipes.imbalance.sampling import EpochSampler
 
 AUGMENTATION = {"crop_pad": 4, "hflip": 0.5}
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, skip_init
 
-from recipes.mistakes import check, nearest
+from recipes.errors import check, nearest
 
 KINDS = ("linear", "cosine", "etf")
 STAGES = ("crt", "lws")

@@ -1,7 +1,8 @@
 """Imbalanced training sets, cut from a data set by index.
 
-Validation images are carved out first; of what is left, a profile of recipes/profiles.py says how many images of each
-class to keep. A `Manifest` records the images chosen, so that a run can be repeated, checked and compared.
+Validation images are carved out first; of what is left, a profile of recipes/imbalance/profiles.py says how many
+images of each class to keep. A `Manifest` records the images chosen, so that a run can be repeated, checked and
+compared.
 """
 
 import hashlib
@@ -13,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from recipes.config import TrainConfig
-from recipes.data import ImageSplit
-from recipes.profiles import PROFILES, Groups, groups_of, rank_classes
+from recipes.images.sources import ImageSplit
+from recipes.imbalance.profiles import PROFILES, Groups, groups_of, rank_classes
+from recipes.settings.config import TrainConfig
 
 # One random stream per purpose and class, so that one choice never moves another.
 _VALIDATION, _SUBSET = 1, 2

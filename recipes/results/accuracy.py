@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from nc_probe import NCProbe
-from recipes.calibration import BINS, bin_table
+from recipes.results.calibration import BINS, bin_table
 from timm_deq import SolveLog
 
 
@@ -24,8 +24,8 @@ def sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
 
 class Evaluation(NamedTuple):
     """What a pass over images has found: counts [class, prediction] (K, K), means over images of what the solver did
-    (empty for an explicit model), and the table of `recipes.calibration`, all over all ranks; and the log of this
-    rank's solves."""
+    (empty for an explicit model), and the table of `recipes.results.calibration`, all over all ranks; and the log of
+    this rank's solves."""
 
     confusion: np.ndarray
     solver: dict[str, float]

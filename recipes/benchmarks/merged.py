@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from nc_probe import ClassMoments, measure
-from recipes.benchmark_tables import Row
+from recipes.benchmarks.tables import Row
 
 __all__ = ["merged_figure", "merged_minorities"]
 

@@ -6,9 +6,9 @@ from contextlib import ExitStack
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from recipes.config import TrainConfig
-from recipes.contradictions import SCALE
-from recipes.losses import Loss, create_loss
+from recipes.imbalance.losses import Loss, create_loss
+from recipes.settings.config import TrainConfig
+from recipes.settings.contradictions import SCALE
 from timm_deq import Equilibrium, FixedPointCorrection, JacobianPenalty
 
 

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 import timm_deq  # noqa: F401  registers the models
 from nc_probe import CollapseReport, NCProbe
-from recipes.benchmark_tables import Row, compared, in_turn, milliseconds
-from recipes.checkpoint import create_model
-from recipes.config import TrainConfig
-from recipes.data import eval_transform, load_splits, open_dataset
-from recipes.longtail import choose_images
+from recipes.benchmarks.tables import Row, compared, in_turn, milliseconds
+from recipes.images.sources import eval_transform, load_splits, open_dataset
+from recipes.settings.config import TrainConfig
+from recipes.training.checkpoint import create_model
+from recipes.training.manifest import choose_images
 
 __all__ = ["features_in_memory", "full_batch_nc1", "peer", "share_of_evaluation", "share_of_training"]
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recipes.augment import Augmentation
-from recipes.data import (
+from recipes.images.augment import Augmentation
+from recipes.images.resident import ResidentImages, ResidentLoader, decode
+from recipes.images.sources import (
     ImageSplit,
     ImageView,
     eval_batches,
@@ -22,8 +23,7 @@ from recipes.data import (
     train_loader,
     train_transform,
 )
-from recipes.resident import ResidentImages, ResidentLoader, decode
-from recipes.sampling import EpochSampler
+from recipes.imbalance.sampling import EpochSampler
 
 Mode = Literal["auto", "resident", "workers"]
 
@@ -129,7 +129,7 @@ def choose_pipeline(
         mode: 'auto', or the way to take; then the budget does not matter.
         images: number of images of all sets together.
         data_config: of the model, as `timm.data` resolves it.
-        augmentation: keywords of `recipes.data.train_transform`; none for evaluation.
+        augmentation: keywords of `recipes.images.sources.train_transform`; none for evaluation.
         device: where resident images live.
         seed: of the augmentation.
         workers: processes that decode; chosen by the number of images if not given.

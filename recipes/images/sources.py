@@ -19,9 +19,9 @@ from timm.data import create_transform
 from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
 
-from recipes.augment import Cutout, seeded
-from recipes.digits import digits
-from recipes.workers import ImageLoader
+from recipes.images.augment import Cutout, seeded
+from recipes.images.digits import digits
+from recipes.images.workers import ImageLoader
 
 
 class CorruptImageError(ValueError):

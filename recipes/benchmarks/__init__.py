@@ -1,0 +1,1 @@
+"""The parts of recipes/benchmark.py, one per file."""

@@ -1,0 +1,1 @@
+"""Image data sets: where they come from, and how their pixels reach the model."""

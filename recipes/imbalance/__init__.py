@@ -1,0 +1,1 @@
+"""Class imbalance: profiles of class sizes, and what makes up for them (samplers, priors, losses, classifiers)."""

@@ -1,0 +1,1 @@
+"""Results: accuracy, calibration and figures."""

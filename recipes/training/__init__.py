@@ -1,0 +1,1 @@
+"""A training run: its images, objective, checkpoints, states, ranks and faults."""
