@@ -8,16 +8,15 @@
     print(report)                           # report.nc1, report.as_dict(), report.groups["minority"].mean_cosine
 
 `NCProbe` reads what enters the classifier with a hook; `ClassMoments` keeps its class means and scatter; `measure`
-turns them into a `CollapseReport`. `nc_probe.measures` and `nc_probe.pairwise` have the formulas; `nc_probe.geometry`
-the geometries that theory predicts; `nc_probe.conventions` the papers' own variants; `nc_probe.plots` the pictures
-(needs matplotlib).
+turns them into a `CollapseReport`. In `nc_probe.measures`, `formulas` and `pairwise` have the formulas, `geometry` the
+geometries that theory predicts, and `conventions` the papers' own variants; `nc_probe.plots` draws (needs matplotlib).
 """
 
-from nc_probe.assembly import measure
-from nc_probe.conventions import CONVENTIONS
-from nc_probe.geometry import ReferenceGram, orthogonal_frame, seli, simplex_etf
-from nc_probe.heads import Head, find_head
-from nc_probe.moments import ClassMoments
+from nc_probe.hooks.heads import Head, find_head
+from nc_probe.measures.assembly import measure
+from nc_probe.measures.conventions import CONVENTIONS
+from nc_probe.measures.geometry import ReferenceGram, orthogonal_frame, seli, simplex_etf
+from nc_probe.moments.class_moments import ClassMoments
 from nc_probe.probe import NCProbe
 from nc_probe.report import Agreement, CollapseReport
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nc_probe.geometry import simplex_etf_cosine
-from nc_probe.pairwise import TILE, unit
+from nc_probe.measures.geometry import simplex_etf_cosine
+from nc_probe.measures.pairwise import TILE, unit
 from nc_probe.report import CollapseReport
 
 if TYPE_CHECKING:

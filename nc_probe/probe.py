@@ -11,17 +11,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nc_probe import ranks
-from nc_probe.assembly import CENTERS, Measurement, atoms, check_groups, measure
-from nc_probe.cache import FeatureCache, Kept
-from nc_probe.checks import check_samples
-from nc_probe.conventions import check_conventions
-from nc_probe.heads import count_classes, find_head, is_compiled, unwrap
-from nc_probe.moments import ClassMoments
+from nc_probe.hooks.heads import count_classes, find_head, is_compiled, unwrap
+from nc_probe.hooks.streams import ClassifierStream, TapStream, classifier_streams
+from nc_probe.hooks.taps import HeadTap, OutputTap, layer_taps, solve_taps
+from nc_probe.measures.assembly import CENTERS, Measurement, atoms, check_groups, measure
+from nc_probe.measures.conventions import check_conventions
+from nc_probe.moments import ranks
+from nc_probe.moments.cache import FeatureCache, Kept
+from nc_probe.moments.checks import check_samples
+from nc_probe.moments.class_moments import ClassMoments
+from nc_probe.moments.second_look import SecondLook
 from nc_probe.report import Agreement, CollapseReport
-from nc_probe.second_look import SecondLook
-from nc_probe.streams import ClassifierStream, TapStream, classifier_streams
-from nc_probe.taps import HeadTap, OutputTap, layer_taps, solve_taps
 
 __all__ = ["NCProbe"]
 
@@ -69,7 +69,7 @@ class NCProbe:
         layers: names of modules whose pooled outputs are measured too, or "stages" for those that the model names:
             `report.layers`.
         iterates: whether the iterates of an equilibrium model are measured too: `report.iterates`.
-        conventions: named formulas of papers to report besides, see `nc_probe.conventions`.
+        conventions: named formulas of papers to report besides, see `nc_probe.measures.conventions`.
         spectrum: whether a second look sums the d x d covariance, for the ranks of the features: d^2 a sample.
         cache_bytes: host memory for features on this rank; 0 keeps none, on disk neither.
         spill_bytes: disk for features on this rank, in a temporary file.

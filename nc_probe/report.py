@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from nc_probe.pairwise import cosine_gram
+from nc_probe.measures.pairwise import cosine_gram
 
 __all__ = ["Agreement", "CollapseReport"]
 
@@ -40,7 +40,7 @@ class CollapseReport:
 
     NaN stands for what is absent or undefined. Per-class tuples and matrices are in the order of `classes`, which are
     those with samples; the measures of the classifier alone take its rows for all classes, but for SELI and the
-    orthogonal frame, which need samples. `nc_probe.measures`, `nc_probe.pairwise` and `nc_probe.geometry` have the
+    orthogonal frame, which need samples. `nc_probe.measures` has the
     formulas. SELI and the frame follow from the class counts of the samples seen: measured on the training set, those
     trained on. A group is compared with its part of the geometry of all classes.
 
@@ -73,7 +73,7 @@ class CollapseReport:
         class_...: per class; the mean of `class_nc1` is nc1 (balanced); it needs a scatter for each class.
         means: (m, d) centred class means, float64 on the CPU.
         weight: (m, d) classifier rows, float64 on the CPU.
-        conventions: measures as published, see `nc_probe.conventions`, by paper.
+        conventions: measures as published, see `nc_probe.measures.conventions`, by paper.
         groups: a report for each group.
         heads: a report for each classifier, of a model with several.
         layers: a report for the features of each layer.

@@ -30,10 +30,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from nc_probe import ranks
-from nc_probe.blocks import deviations
-from nc_probe.checks import check_batch, check_proportion, check_scatters, examine, short
-from nc_probe.precision import exact_arithmetic
+from nc_probe.moments import ranks
+from nc_probe.moments.blocks import deviations
+from nc_probe.moments.checks import check_batch, check_proportion, check_scatters, examine, short
+from nc_probe.moments.precision import exact_arithmetic
 
 __all__ = ["ClassMoments"]
 

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nc_probe import ranks
-from nc_probe.blocks import block_rows, deviations
-from nc_probe.cache import Kept
-from nc_probe.decisions import Scores
-from nc_probe.moments import ClassMoments
-from nc_probe.precision import exact_arithmetic
+from nc_probe.moments import ranks
+from nc_probe.moments.blocks import block_rows, deviations
+from nc_probe.moments.cache import Kept
+from nc_probe.moments.class_moments import ClassMoments
+from nc_probe.moments.decisions import Scores
+from nc_probe.moments.precision import exact_arithmetic
 
 __all__ = ["Looked", "SecondLook"]
 

@@ -1,6 +1,6 @@
 """Measures of neural collapse: pure functions of class means, classifier rows and a within-class covariance.
 
-Those that compare classes two by two are in `nc_probe.pairwise`; the papers' own variants in `nc_probe.conventions`.
+Those that compare classes two by two are in `pairwise.py`; the papers' own variants in `conventions.py`.
 
 Notation: K classes, d features; mu_k class means; pi_k the weight of class k in every average over classes (`balanced`:
 1/K; `empirical`: n_k/N); mu_G = sum_k pi_k mu_k the centre; M (K, d) the centred means m_k = mu_k - mu_G; W (K, d) the
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nc_probe.pairwise import unit
+from nc_probe.measures.pairwise import unit
 
 __all__ = [
     "BetweenInverse",

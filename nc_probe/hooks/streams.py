@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nc_probe import ranks
-from nc_probe.decisions import Scores
-from nc_probe.heads import Head, LinearMap
-from nc_probe.moments import ClassMoments
-from nc_probe.precision import exact_arithmetic
-from nc_probe.taps import LayerTap, SolveTap
+from nc_probe.hooks.heads import Head, LinearMap
+from nc_probe.hooks.taps import LayerTap, SolveTap
+from nc_probe.moments import ranks
+from nc_probe.moments.class_moments import ClassMoments
+from nc_probe.moments.decisions import Scores
+from nc_probe.moments.precision import exact_arithmetic
 
 __all__ = ["ClassifierStream", "TapStream", "classifier_streams"]
 

@@ -1,6 +1,6 @@
 """Measures of neural collapse that compare classes two by two, tile by tile: a K x K matrix is never held.
 
-Notation as in `nc_probe.measures`. Every class counts once. What is undefined (one class, a zero vector) is NaN.
+Notation as in `formulas.py`. Every class counts once. What is undefined (one class, a zero vector) is NaN.
 
 Sources:
 
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nc_probe.geometry import ReferenceGram, simplex_etf_cosine
+from nc_probe.measures.geometry import ReferenceGram, simplex_etf_cosine
 
 __all__ = ["cdnv", "cosine_gram", "equiangle", "gram_distance", "mean_cosine", "unit", "uniformity_gap"]
 

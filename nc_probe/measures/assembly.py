@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nc_probe import measures, pairwise
-from nc_probe.conventions import CONVENTIONS, INVERSES, check_conventions
-from nc_probe.geometry import orthogonal_frame, seli, simplex_etf
-from nc_probe.moments import ClassMoments
-from nc_probe.precision import exact_arithmetic
+from nc_probe.measures import formulas, pairwise
+from nc_probe.measures.conventions import CONVENTIONS, INVERSES, check_conventions
+from nc_probe.measures.geometry import orthogonal_frame, seli, simplex_etf
+from nc_probe.moments.class_moments import ClassMoments
+from nc_probe.moments.precision import exact_arithmetic
+from nc_probe.moments.second_look import Looked
 from nc_probe.report import Agreement, CollapseReport
-from nc_probe.second_look import Looked
 
 __all__ = ["CENTERS", "Measurement", "atoms", "check_groups", "measure"]
 
@@ -43,7 +43,7 @@ def measure(
         groups: classes of each group by name. A group's measures take its classes only, about the centre of all, and
             compare with the part of the K-class geometry that the group should be.
         agreement: samples counted with the features at hand, for NC4 and the accuracies.
-        conventions: papers whose own formulas to add, of `nc_probe.conventions`.
+        conventions: papers whose own formulas to add, of `nc_probe.measures.conventions`.
         features_dtype: precision that the features came in, which decides what counts in `feature_rank`.
 
     Raises:
@@ -127,7 +127,7 @@ class Measurement:
             self.magnitude = float((self.pi @ moments.mean.square().sum(1)).sqrt())
             # S_B^+ of all classes (None), of each group, and by each convention that has one.
             everything = torch.arange(K)
-            self._inverses: dict[str | None, measures.BetweenInverse] = {None: self._inverse(everything)}
+            self._inverses: dict[str | None, formulas.BetweenInverse] = {None: self._inverse(everything)}
             self._inverses |= {name: self._inverse(classes) for name, classes in self.members.items()}
             self._published = {p: INVERSES[p](moments) for p in self.papers if p in INVERSES}
 
@@ -159,12 +159,12 @@ class Measurement:
             ranks = self._spectrum(looked)
         return dataclasses.replace(whole, **ranks, conventions=published, groups=parts)
 
-    def _inverse(self, classes: Tensor) -> measures.BetweenInverse:
+    def _inverse(self, classes: Tensor) -> formulas.BetweenInverse:
         shown = classes[self.present[classes]]
         pi = self.pi[shown] / self.pi[shown].sum()
         # The centring takes one direction from all classes together, none from a part of them.
         most = min(len(shown), self.num_present - 1)
-        return measures.between_inverse(self.centered[shown], pi, max_rank=most, magnitude=self.magnitude)
+        return formulas.between_inverse(self.centered[shown], pi, max_rank=most, magnitude=self.magnitude)
 
     def _spectrum(self, looked: Looked | None) -> dict[str, Any]:
         """Ranks of the features of all classes."""
@@ -174,7 +174,7 @@ class Measurement:
                 return {}
             within = self.moments.within(self.class_weights)
         between = self.pi.sqrt()[:, None] * self.centered
-        found = measures.spectrum(within.addmm(between.T, between), self.origin, dtype=self.features_dtype)
+        found = formulas.spectrum(within.addmm(between.T, between), self.origin, dtype=self.features_dtype)
         return {
             "feature_rank": found.rank,
             "stable_rank": found.stable_rank,
@@ -209,10 +209,10 @@ class Measurement:
         pi = self.pi[shown] / self.pi[shown].sum()
         variance = self.moments.trace[shown] / n
         values = {
-            "nc1_trace": measures.trace_quotient(pi @ variance, pi @ M.square().sum(1)),
+            "nc1_trace": formulas.trace_quotient(pi @ variance, pi @ M.square().sum(1)),
             "cdnv": pairwise.cdnv(M, variance),
-            "nc2_norm": measures.equinorm(M),
-            "mean_norm": measures.mean_norm(M),
+            "nc2_norm": formulas.equinorm(M),
+            "mean_norm": formulas.mean_norm(M),
             "mean_cosine": pairwise.mean_cosine(M),
             "class_variance": tuple(variance.tolist()),
             "class_norm": tuple(M.norm(dim=1).tolist()),
@@ -244,7 +244,7 @@ class Measurement:
         per_sample = torch.zeros_like(self.pi).index_copy_(0, shown.to(self.pi.device), weights)
         # Moments pooled over other classes too cannot give a part; for the whole it is an error that `within` explains.
         if self.moments.resolves(per_sample) or (name is None and self.moments.num_scatters):
-            values["nc1"] = measures.nc1(inverse, self.moments.within(per_sample), m)
+            values["nc1"] = formulas.nc1(inverse, self.moments.within(per_sample), m)
             values["nc1_source"] = "a pooled scatter"
         return values
 
@@ -253,8 +253,8 @@ class Measurement:
         assert self.weight is not None
         W, K = self.weight[classes], len(self.weight)
         values: dict[str, Any] = {
-            "nc2_norm_weight": measures.equinorm(W),
-            "mean_norm_weight": measures.mean_norm(W),
+            "nc2_norm_weight": formulas.equinorm(W),
+            "mean_norm_weight": formulas.mean_norm(W),
             "mean_cosine_weight": pairwise.mean_cosine(W),
         }
         if len(classes) > 1:
@@ -264,14 +264,14 @@ class Measurement:
             W, M, position = self.weight[shown], self.centered[shown], self.position[shown]
             values["nc2_seli_weight"] = pairwise.gram_distance(W, self.seli[0].subset(position))
             values["nc2_gof_weight"] = pairwise.gram_distance(W, self.frame[0].subset(position))
-            cosines = measures.self_duality_cosines(W, M)
+            cosines = formulas.self_duality_cosines(W, M)
             bias = 0 if self.bias is None else self.bias
             tiles = self.moments.mean[shown].split(pairwise.TILE)
             chosen = torch.cat([(tile @ self.weight.T + bias).argmax(1) for tile in tiles])
             values |= {
                 "class_norm_weight": tuple(W.norm(dim=1).tolist()),
                 "weight": W.cpu(),
-                "nc3": measures.self_duality(W, M),
+                "nc3": formulas.self_duality(W, M),
                 "nc3_cosine": float(cosines.mean()),
                 "class_nc3_cosine": tuple(cosines.tolist()),
                 "mean_accuracy": float((chosen.cpu() == shown).double().mean()),

@@ -12,7 +12,7 @@ leads in exact arithmetic. The few samples where none does, ties among them, are
 import torch
 from torch import Tensor
 
-from nc_probe.blocks import block_rows
+from nc_probe.moments.blocks import block_rows
 
 __all__ = ["Scores"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nc_probe.heads import Head, unwrap
+from nc_probe.hooks.heads import Head, unwrap
 
 __all__ = ["HeadTap", "LayerTap", "OutputTap", "SolveTap", "layer_taps", "pooled", "solve_taps"]
 

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from nc_probe import measures, pairwise
-from nc_probe.geometry import simplex_etf
-from nc_probe.moments import ClassMoments
-from nc_probe.precision import exact_arithmetic
+from nc_probe.measures import formulas, pairwise
+from nc_probe.measures.geometry import simplex_etf
+from nc_probe.moments.class_moments import ClassMoments
+from nc_probe.moments.precision import exact_arithmetic
 from nc_probe.report import NAN, Agreement
 
 __all__ = ["CONVENTIONS", "INVERSES", "check_conventions", "fang2021", "papyan2020", "zhu2021"]
@@ -54,7 +54,7 @@ def papyan2020(
         if W is not None:
             values["nc2_norm_weight"] = _unbiased_equinorm(W)
             values["nc2_angle_weight"] = pairwise.equiangle(W)[1]
-            values["nc3"] = measures.self_duality(W[seen], M) ** 2
+            values["nc3"] = formulas.self_duality(W[seen], M) ** 2
         if agreement is not None and agreement.agree is not None:
             values["nc4"] = 1 - float(agreement.agree.sum()) / float(n.sum())
     return values
@@ -117,7 +117,7 @@ def fang2021(
         W, groups = _rows(moments, weight), groups or {}
         values = {f"cosine_{name}": NAN if W is None else pairwise.mean_cosine(W[of]) for name, of in groups.items()}
         if {"majority", "minority"} <= groups.keys():
-            norms = [NAN if W is None else measures.mean_norm(W[groups[name]]) for name in ("majority", "minority")]
+            norms = [NAN if W is None else formulas.mean_norm(W[groups[name]]) for name in ("majority", "minority")]
             values["norm_ratio"] = norms[0] / norms[1] if norms[1] else NAN
     return values
 
@@ -142,26 +142,26 @@ def check_conventions(conventions: Iterable[str]) -> tuple[str, ...]:
     return tuple(conventions)
 
 
-def _papyan_inverse(moments: ClassMoments) -> measures.BetweenInverse:
+def _papyan_inverse(moments: ClassMoments) -> formulas.BetweenInverse:
     mu = moments.mean[moments.count > 0]
     return _inverse(moments, mu - mu.mean(0))
 
 
-def _zhu_inverse(moments: ClassMoments) -> measures.BetweenInverse:
+def _zhu_inverse(moments: ClassMoments) -> formulas.BetweenInverse:
     seen = moments.count > 0
     n, mu = moments.count[seen].double(), moments.mean[seen]
     return _inverse(moments, mu - (n / n.sum()) @ mu)
 
 
-def _inverse(moments: ClassMoments, centered: Tensor) -> measures.BetweenInverse:
+def _inverse(moments: ClassMoments, centered: Tensor) -> formulas.BetweenInverse:
     """S_B^+ with every class once in S_B; about either centre the class means span K - 1 directions at most."""
     K = len(centered)
     magnitude = math.sqrt(float(moments.mean.square().sum()) / K)
     weights = torch.full_like(centered[:, 0], 1 / K)
-    return measures.between_inverse(centered, weights, max_rank=K - 1, magnitude=magnitude)
+    return formulas.between_inverse(centered, weights, max_rank=K - 1, magnitude=magnitude)
 
 
-INVERSES: Mapping[str, Callable[[ClassMoments], measures.BetweenInverse]] = {
+INVERSES: Mapping[str, Callable[[ClassMoments], formulas.BetweenInverse]] = {
     "papyan2020": _papyan_inverse,
     "zhu2021": _zhu_inverse,
 }
@@ -172,7 +172,7 @@ def _rows(moments: ClassMoments, weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.detach().to(moments.mean)
 
 
-def _nc1(moments: ClassMoments, inverse: measures.BetweenInverse, spread: Tensor | None) -> float:
+def _nc1(moments: ClassMoments, inverse: formulas.BetweenInverse, spread: Tensor | None) -> float:
     """tr(S_W S_B^+) with S_W over all samples; `spread` (K,) is tr(B^T S_k B), if known."""
     n = moments.count.double()
     if inverse.rank == 0:
@@ -180,7 +180,7 @@ def _nc1(moments: ClassMoments, inverse: measures.BetweenInverse, spread: Tensor
     if spread is not None:
         return float(spread.sum() / n.sum())
     per_sample = torch.full_like(n, 1 / float(n.sum()))
-    return measures.nc1(inverse, moments.within(per_sample), 1) if moments.resolves(per_sample) else NAN
+    return formulas.nc1(inverse, moments.within(per_sample), 1) if moments.resolves(per_sample) else NAN
 
 
 def _unbiased_equinorm(rows: Tensor) -> float:
