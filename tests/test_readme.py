@@ -35,7 +35,7 @@ def test_sizes_are_those_of_the_table():
 
 
 def test_every_feature_names_a_test_that_exists():
-    written = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    written = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
     named = re.findall(r"\| `(test_\w+)` \|", README)
     assert len(named) > 30
     assert [name for name in named if f"def {name}(" not in written] == []

@@ -26,7 +26,7 @@ from timm_deq import Equilibrium, SolveLog
 
 pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFUSION = np.array([[8, 2, 0, 0], [1, 3, 0, 0], [0, 0, 0, 0], [0, 0, 5, 1]])
 
 

@@ -22,7 +22,7 @@ from recipes.training.manifest import Manifest
 
 pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def launch(*words, ranks=1, sharded=False):

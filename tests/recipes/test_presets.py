@@ -16,7 +16,7 @@ from recipes.training.manifest import Manifest
 
 pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
 
-PRESETS = sorted((Path(__file__).parent.parent / "recipes" / "presets").glob("*.yaml"))
+PRESETS = sorted((Path(__file__).parents[2] / "recipes" / "presets").glob("*.yaml"))
 SHORT = "--epochs 2 --warmup_epochs 1 --max_updates 2 --probe_every 0 --workers 0"
 QUICK = f"--model test_resnet --img_size 32 {SHORT}"
 

@@ -11,7 +11,7 @@ import timm
 
 import timm_deq
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache"
 
 # For each model: forward, backward, default_cfgs, torchscript, forward_features, forward_intermediates (2), pruning,
@@ -30,7 +30,7 @@ def test_timm_s_own_suite_passes(tmp_path):
     suite = tmp_path / f"timm-{timm.__version__}"
     env = {key: value for key, value in os.environ.items() if key != "GITHUB_ACTIONS"}  # it makes timm drop tests
     env["OMP_NUM_THREADS"] = "1"  # threads of several test processes would wait for each other
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests" / "timm_deq"), str(ROOT)])
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "timm_plugin", "-p", "no:cacheprovider", "-q", "-W", "ignore"]
         + ["-k", "deq_", "tests/test_models.py"],

@@ -18,7 +18,7 @@ from recipes.training.state import read_tree
 
 pytestmark = [pytest.mark.usefixtures("one_cpu_and_no_network"), pytest.mark.ddp, pytest.mark.slow]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SETTINGS = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 SIZES = np.array([30, 16, 9, 5])
 LABELS = np.repeat(np.arange(4), 34)  # of the train split
@@ -34,12 +34,12 @@ def words(tmp_path_factory):
 
 
 def launch(folder, runs, *, sharded=False):
-    """What each of two ranks has seen of runs, one after the other, as tests/launched_runs.py takes and tells it."""
+    """What each of two ranks has seen of runs, one after the other, as tests/recipes/launched_runs.py takes and tells it."""
     folder.mkdir()
     (folder / "runs.json").write_text(json.dumps([{"watched": False, "stop": None} | run for run in runs]))
     device = "--use_fsdp --fsdp_version 2" if sharded else "--multi_gpu"  # at a free port, as other tests launch too
     launcher = f"accelerate.commands.launch {device} --quiet --num_processes 2 --num_machines 1 --main_process_port 0"
-    defaults = "--mixed_precision no --dynamo_backend no tests/launched_runs.py"
+    defaults = "--mixed_precision no --dynamo_backend no tests/recipes/launched_runs.py"
     command = [sys.executable, "-m", *launcher.split(), *defaults.split(), str(folder / "runs.json")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | SETTINGS, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr

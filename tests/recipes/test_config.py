@@ -8,7 +8,7 @@ import yaml
 
 from recipes.settings.config import TrainConfig, parse
 
-PRESETS = sorted((Path(__file__).parent.parent / "recipes" / "presets").glob("*.yaml"))
+PRESETS = sorted((Path(__file__).parents[2] / "recipes" / "presets").glob("*.yaml"))
 
 
 def test_the_command_of_the_design_parses():

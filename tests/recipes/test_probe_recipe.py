@@ -24,7 +24,7 @@ from timm_deq import Equilibrium
 
 pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

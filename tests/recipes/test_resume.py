@@ -29,7 +29,7 @@ from recipes.training.state import Progress, States, pack, unpack
 
 pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SETTINGS = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 
 
@@ -339,7 +339,7 @@ def test_every_kind_of_optimizer_goes_on_as_it_was(tmp_path, name):
 
 def killed_at(numbers_, words, folder):
     """Exit codes of runs killed at the n-th call to the disk, each of which has then been resumed."""
-    command = [sys.executable, "tests/killed_run.py", str(folder), ",".join(map(str, numbers_)), *words]
+    command = [sys.executable, "tests/recipes/killed_run.py", str(folder), ",".join(map(str, numbers_)), *words]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | SETTINGS, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return dict(map(int, line.split()) for line in done.stdout.splitlines() if line.split()[0].isdigit())
