@@ -170,7 +170,7 @@ class TwoHeads(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.body = nn.Linear(5, 6)
+        self.body = nn.Linear(7, 6)  # features of full rank: NC1 of others rests on rounding
         self.head, self.head_dist = nn.Linear(6, K), nn.Linear(6, K, bias=False)
 
     def forward(self, x):
@@ -179,7 +179,7 @@ class TwoHeads(nn.Module):
 
 
 def test_the_mean_of_heads_and_each_of_them():
-    x, labels = torch.randn(40, 5), torch.arange(40) % K
+    x, labels = torch.randn(40, 7), torch.arange(40) % K
     net = TwoHeads().eval()
     with torch.no_grad(), NCProbe(net, head=["head", "head_dist"], groups={"some": [0, 1, 2]}) as probe:
         for xb, yb in zip(x.split(9), labels.split(9), strict=True):

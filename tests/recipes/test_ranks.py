@@ -34,7 +34,7 @@ def words(tmp_path_factory):
 
 
 def launch(folder, runs, *, sharded=False):
-    """What each of two ranks has seen of runs, one after the other, as tests/recipes/launched_runs.py takes and tells it."""
+    """What each of two ranks has seen of runs, one after the other, as launched_runs.py takes and tells it."""
     folder.mkdir()
     (folder / "runs.json").write_text(json.dumps([{"watched": False, "stop": None} | run for run in runs]))
     device = "--use_fsdp --fsdp_version 2" if sharded else "--multi_gpu"  # at a free port, as other tests launch too
