@@ -1,31 +1,60 @@
-"""The Python of README.md runs as it stands."""
+"""The pages: their Python runs as it stands, their links lead somewhere, their tables tell the truth."""
 
 import dataclasses
 import re
 from pathlib import Path
 
+import pytest
 import timm
-import torch
-from problems import conv_cell
 from timm.models import save_for_hf
 
+import timm_deq  # noqa: F401 - registers its models
 from nc_probe import CollapseReport
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    path: (ROOT / path).read_text()
+    for path in ("README.md", *(f"{p}/README.md" for p in ("timm_deq", "nc_probe", "recipes")))
+}
+BLOCKS = {path: re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) for path, text in PAGES.items()}
 
 
-def test_every_block_runs(tmp_path, capsys):
-    save_for_hf(timm.create_model("deq_resnet8_cifar"), str(tmp_path), safe_serialization=True)
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 6
-    for block in blocks:
-        names = {"cell": conv_cell(), "x": torch.randn(2, 4, 3, 3)}  # what README leaves to the reader
-        exec(block.replace("runs/digits/checkpoint", str(tmp_path)), names)
-    assert "NC1" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """What README's first command leaves behind."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_for_hf(timm.create_model("deq_resnet8_cifar"), str(folder), safe_serialization=True)
+    return folder
+
+
+@pytest.mark.parametrize(("path", "number"), [(path, i) for path, blocks in BLOCKS.items() for i in range(len(blocks))])
+def test_every_block_runs(path, number, checkpoint):
+    exec(BLOCKS[path][number].replace("runs/digits/checkpoint", str(checkpoint)), {})
+
+
+def test_the_pages_have_their_examples():
+    assert {path: len(blocks) for path, blocks in BLOCKS.items()} == {
+        "README.md": 3,
+        "timm_deq/README.md": 3,
+        "nc_probe/README.md": 2,
+        "recipes/README.md": 0,
+    }
+
+
+def test_the_front_page_is_one():
+    assert len(PAGES["README.md"].splitlines()) <= 250
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_links_lead_somewhere(path):
+    links = re.findall(r'\]\(([^)#]+)\)|src="([^"]+)"', PAGES[path])
+    links = [link or source for link, source in links if not (link or source).startswith("http")]
+    assert links or path == "recipes/README.md"
+    assert [link for link in links if not ((ROOT / path).parent / link).exists()] == []
 
 
 def test_sizes_are_those_of_the_table():
-    rows = re.findall(r"\| `(deq_\w+)` \| (\d+)x\d+ \| ([\d.]+) M \| ([\d.]+) M \|", README)
+    rows = re.findall(r"\| `(deq_\w+)` \| (\d+)x\d+ \| ([\d.]+) M \| ([\d.]+) M \|", PAGES["README.md"])
     assert [name for name, *_ in rows] == timm.list_models("deq_*")
     for name, size, *parameters in rows:
         for equilibrium, count in zip((True, False), parameters, strict=True):
@@ -36,13 +65,14 @@ def test_sizes_are_those_of_the_table():
 
 def test_every_feature_names_a_test_that_exists():
     written = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
-    named = re.findall(r"\| `(test_\w+)` \|", README)
+    named = re.findall(r"\| `(test_\w+)` \|", PAGES["timm_deq/README.md"])
     assert len(named) > 30
     assert [name for name in named if f"def {name}(" not in written] == []
 
 
 def test_every_number_of_a_report_is_explained():
-    explained = set(re.findall(r"`(\w+)`", README[README.index("### What is measured") :]))
+    page = PAGES["nc_probe/README.md"]
+    explained = set(re.findall(r"`(\w+)`", page[page.index("## What is measured") :]))
     numbers = [
         f.name for f in dataclasses.fields(CollapseReport) if f.type in (float, int, int | None) or "class_" in f.name
     ]
