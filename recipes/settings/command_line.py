@@ -7,6 +7,10 @@ from pathlib import Path
 
 import yaml
 
+from recipes.errors import check, nearest
+
+PRESETS = Path(__file__).parents[1] / "presets"
+
 # The later of two flags wins, which scripts rely on, but whoever asks for two profiles wants neither of them alone.
 ONCE = ("--imbalance",)
 
@@ -20,7 +24,7 @@ def arranged(words: Sequence[str], config: type) -> list[str]:
         config: dataclass of the settings, whose types tell what is a list.
 
     Raises:
-        ValueError: two imbalance profiles, or a key that stands twice in a file.
+        ValueError: two imbalance profiles, a file of settings that is not there, or one that has a key twice.
     """
     kinds = {f"--{f.name}": (f.type, *typing.get_args(f.type)) for f in dataclasses.fields(config)}
     flags: list[list[str]] = []
@@ -37,12 +41,27 @@ def arranged(words: Sequence[str], config: type) -> list[str]:
         if flag in ONCE and before != values:
             raise ValueError(f"{flag} is given twice, as {' '.join(before)!r} and {' '.join(values)!r}; allowed: once")
         if flag == "--config" and values:
-            _check_keys(Path(values[0]))
+            path = config_file(values[0])
+            _check_keys(path)
+            flags[i] = [flag, str(path), *values[1:]]
         is_list = [typing.get_origin(kind) is list for kind in kinds.get(flag, ())]
         if any(is_list) and len(values) > (0 if is_list[0] else 1) and not values[0].startswith("["):
             flags[i] = [flag, f"[{','.join(values)}]"]
     flags.sort(key=lambda words: words[0] != "--config")
     return [word for words in flags for word in words]
+
+
+def config_file(word: str) -> Path:
+    """The file that `--config` names: a YAML file, or one of the presets that come with the recipes.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if Path(word).is_file():
+        return Path(word)
+    presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    check(word in presets, "config", word, f"a YAML file, or one of {', '.join(presets)}{nearest(word, presets)}")
+    return PRESETS / f"{word}.yaml"
 
 
 def _check_keys(path: Path) -> None:

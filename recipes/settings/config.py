@@ -292,7 +292,8 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file of these settings; flags win over it")
+    text = "YAML file of these settings, or the name of a preset; flags win over it"
+    parser.add_argument("--config", action="config", help=text)
     parser.add_class_arguments(TrainConfig)
     names = [f.name for f in dataclasses.fields(TrainConfig)]
     try:

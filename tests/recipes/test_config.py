@@ -64,6 +64,14 @@ def test_presets_are_found():
     assert {path.stem for path in PRESETS} >= {"cifar10_two_group", "digits_balanced"}
 
 
+def test_a_preset_is_known_by_its_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in PRESETS:
+        assert parse(["--config", path.stem, "--output", "x"]) == parse(["--config", str(path), "--output", "x"])
+    Path("cifar10_lt").write_text("epochs: 1\nwarmup_epochs: 0\n")  # a file of the same name comes first
+    assert parse(["--config=cifar10_lt", "--output", "x"]).epochs == 1
+
+
 def test_help_explains_every_field(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(["--help"])
@@ -105,7 +113,9 @@ def test_help_explains_every_field(capsys):
         ("--output x --sched multistep", "decay_milestones is []; allowed: epochs, with multistep"),
         ("--output x --model_args.num_classes 7", "model_args is {'num_classes': 7}; allowed: no num_classes"),
         ("--output x --model_args 3", "model_args: Expected a dict. Got value: 3"),
-        ("--output x --config nowhere.yaml", "nowhere.yaml"),
+        ("--output x --config nowhere.yaml", "config is 'nowhere.yaml'; allowed: a YAML file, or one of cifar100_lt, "),
+        ("--output x --config cifar10lt", "imagenet_lt (did you mean 'cifar10_lt'?)"),
+        ("--output x --config .", "config is '.'; allowed: a YAML file, or one of "),
         ("--output x --config", "--config: expected one argument"),
         ("--output=", "output is ''; allowed: the path of a folder to create"),
         (
