@@ -15,6 +15,7 @@ from timm_deq.monotone import ForwardBackward, PeacemanRachford
 from timm_deq.solution import Solution, Status
 from timm_deq.solvers import Anderson, Broyden, Picard, ReversibleIteration, Solver
 from timm_deq.spectral import JacobianPenalty, jacobian_penalty, spectral_radius
+from timm_deq.version import __version__
 from timm_deq.warm_start import WarmStart
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Unrolled",
     "VariationalDropout",
     "WarmStart",
+    "__version__",
     "fixed_point",
     "jacobian_penalty",
     "set_solver",
