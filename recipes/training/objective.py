@@ -44,7 +44,7 @@ class Objective:
     """
 
     def __init__(
-        self, net: nn.Module, criterion: nn.Module, *, jacobian_weight: float = 0.0, correction_at: Sequence[int] = ()
+        self, net: nn.Module, criterion: Loss, *, jacobian_weight: float = 0.0, correction_at: Sequence[int] = ()
     ):
         layers = sum(isinstance(module, Equilibrium) for module in net.modules())
         if jacobian_weight and not layers:

@@ -1,0 +1,61 @@
+"""The model of a run: the one that is trained, and the one that is measured and saved."""
+
+from typing import Any
+
+from accelerate import Accelerator
+from timm.data.model_config import resolve_input_data_config
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import nn
+
+from recipes.imbalance.classifiers import second_stage
+from recipes.settings.config import TrainConfig
+from recipes.training.checkpoint import create_model
+from recipes.training.sharding import gather, plain_twin
+
+
+class Network:
+    """The model that is trained, and the weights that are measured and saved.
+
+    Attributes:
+        net: the model that is trained, without the wrapper of `accelerator.prepare`, which may shard its parameters.
+        measured: the moving average of its weights if there is one, else the model itself, or an unsharded copy of it.
+        data_config: preprocessing of its images, as `timm.data` resolves it.
+
+    Raises:
+        ValueError: a model that cannot be built, or that does not fit the data set.
+    """
+
+    def __init__(self, config: TrainConfig, num_classes: int, accelerator: Accelerator):
+        self.world = accelerator.num_processes
+        self.net: Any = create_model(config, num_classes).to(accelerator.device)
+        if config.stage is not None:
+            second_stage(self.net, config.stage)
+        self._ema = None
+        if config.ema_decay is not None:
+            self._ema = ModelEmaV3(self.net, decay=config.ema_decay, use_warmup=True)
+        self._unsharded = plain_twin(self.net, accelerator)
+        self.measured = self._unsharded if self._ema is None else self._ema.module
+        self.data_config = resolve_input_data_config(
+            self.net, config.only("img_size", "mean", "std", "interpolation", "crop_pct")
+        )
+
+    @property
+    def average(self) -> nn.Module | None:
+        """The moving average of the weights, if there is one."""
+        return None if self._ema is None else self._ema.module
+
+    def update_average(self, updates: int) -> None:
+        """Let the moving average follow after an update; to be called on all ranks."""
+        if self._ema is not None:
+            gather(self.net, self._unsharded)
+            self._ema.update(self._unsharded, step=updates)
+
+    def gather(self) -> None:
+        """Bring the weights of `measured` up to date; to be called on all ranks."""
+        if self._ema is None:
+            gather(self.net, self._unsharded)
+
+    def average_statistics(self) -> None:
+        """Average the running statistics of `measured` over ranks, each of which gathers its own."""
+        if self.world > 1:
+            distribute_bn(self.measured, self.world, reduce=True)
