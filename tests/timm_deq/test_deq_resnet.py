@@ -62,6 +62,23 @@ def test_the_twin_has_the_same_encoder_and_head(name):
     assert not any(isinstance(m, Equilibrium) for m in twin.modules())
 
 
+@pytest.mark.parametrize("name", ["deq_resnet18", "deq_resnet50"])
+def test_stage_4_is_initialised_as_he_et_al_and_its_branch_starts_small(name):
+    """Convolutions by N(0, 2 / fan_out), the last normalisation of the branch at 0.1, every other one at 1 and 0."""
+    stage = model(name).layer4
+    last = [m for m in equilibrium(model(name)).cell.branch if isinstance(m, torch.nn.GroupNorm)][-1]
+    convolutions = [m for m in stage.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == {"deq_resnet18": 3, "deq_resnet50": 4}[name]
+    for conv in convolutions:
+        fan_out = conv.kernel_size[0] * conv.kernel_size[1] * conv.out_channels
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.01)
+        assert abs(conv.weight.mean().item()) < 0.01 * conv.weight.std().item()
+    norms = [m for m in stage.modules() if isinstance(m, (torch.nn.GroupNorm, torch.nn.BatchNorm2d))]
+    gains = [m.weight.unique().tolist() for m in norms]
+    assert all(not m.bias.any() for m in norms) and gains.count([1.0]) == len(norms) - 1
+    assert last.weight.unique().item() == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize("kind", [True, False])
 def test_out_norm(kind):
     for out_norm, check in {
@@ -98,6 +115,8 @@ def test_the_settings_reach_the_equilibrium():
     assert equilibrium(model(gradient="neumann", neumann_terms=3)).gradient == Neumann(3)
     net = model(solver="broyden", gradient="shine", shine_refine=2)
     assert equilibrium(net).solver == Broyden(memory=20) and equilibrium(net).gradient == Shine(2)
+    assert equilibrium(model(solver="broyden", gradient="shine", memory=4)).solver == Broyden(memory=4)
+    assert equilibrium(model(solver="broyden", memory=4, max_steps=9)).solver == Broyden(max_steps=9, memory=4)
     net = model(solver="reversible", damping=0.6, gradient="reversible", min_steps=4, gather=False, while_loop=True)
     assert equilibrium(net).solver == ReversibleIteration(damping=0.6, while_loop=True)
     assert equilibrium(net).gradient == Reversible()
@@ -124,6 +143,7 @@ def test_the_settings_reach_the_equilibrium():
         ),
         ({"gradient": "neumann", "shine_refine": 1}, ValueError, 'shine_refine does not apply to gradient="neumann"'),
         ({"gradient": "shine"}, ValueError, "solver must be Broyden for the gradient Shine, got Anderson"),
+        ({"gradient": "shine", "solver": "picard"}, ValueError, "solver must be Broyden for the gradient Shine"),
         ({"min_steps": 0}, ValueError, "min_steps must be at least 1, got 0"),
         ({"tol": -1}, ValueError, "tol must be above 0, got -1"),
         ({"out_norm": "layer"}, ValueError, "out_norm must be one of none, group, batch_relu, got 'layer'"),

@@ -221,6 +221,38 @@ def test_no_nan_enters_the_trace():
     torch.testing.assert_close(torch.cat(trace), torch.tensor([1.0, 1.0]))
 
 
+class Escaping:
+    """`f(z) = r z + 1` for samples of three kinds; the first leaves the range where f is finite."""
+
+    def __init__(self, rows=slice(None)):
+        self.slope = torch.tensor([[2.0], [0.0], [0.0], [0.5]])[rows]
+
+    def __call__(self, z):
+        return torch.where(z > 5, torch.nan, self.slope * z + 1)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_the_iterates_shown_of_a_sample_that_failed_are_its_best(gathered):
+    """z = 0, 1, 3, 7 has residuals 1, 2/3, 4/7 and then none: what is shown from then on is 3, and never a NaN."""
+    shown, sizes = [], []
+
+    def restrict(rows):
+        sizes.append(len(rows))
+        return Escaping(rows)
+
+    solution = fixed_point(
+        Escaping(),
+        torch.zeros(4, 1),
+        Picard(1e-3, 9),
+        restrict=restrict if gathered else None,
+        observe=lambda step, z: shown.append(z.clone()),
+    )
+    assert solution.status.tolist() == [Status.NONFINITE] + [Status.CONVERGED] * 2 + [Status.MAX_STEPS]
+    assert (len(sizes) == 2) == gathered  # the second and third are dropped first, then the failed one
+    expected = [[0.0, 1, 3, 7] + [3] * 5, [0.0] + [1] * 8, [0.0] + [1] * 8, [2 - 2 * 0.5**k for k in range(9)]]
+    torch.testing.assert_close(torch.stack(shown).squeeze(2), torch.tensor(expected).T)
+
+
 @pytest.mark.parametrize(
     ("f", "z0", "message"),
     [

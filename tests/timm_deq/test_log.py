@@ -60,6 +60,45 @@ def test_failures_are_left_out_of_mean_residuals():
     assert log.summary()["mean_residual"] == pytest.approx(1 / 7) and log.summary()["nonfinite"] == 0.5
 
 
+def test_the_median_counts_a_failed_sample_as_the_worst():
+    layer = Equilibrium(Overflowing(), solver=Picard(0.3, 4))
+    with SolveLog(layer) as log:
+        x = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0]).unsqueeze(1)
+        layer(x, z0=torch.tensor([2.0, 1.8, 0.0, 1e30, 1e30]).unsqueeze(1))
+    # f(1.8) = 1.9 and f(1.5) = 1.75, the third iterate from 0; the last two are infinite at once.
+    torch.testing.assert_close(log.residual, torch.tensor([0.0, 1 / 19, 1 / 7, torch.inf, torch.inf]))
+    assert log.summary()["median_residual"] == pytest.approx(1 / 7)
+
+
+class Overflowing(nn.Module):
+    """`f(z, x) = a z / 2 + x`; a is 1 for a positive x and overflows otherwise, in f and in its derivative."""
+
+    def forward(self, z, x):
+        scale = torch.where(x > 0, 1.0, 1e30)
+        return z * scale * scale / 2 + x
+
+
+def test_a_backward_solve_that_failed_is_left_out_of_the_mean_residual():
+    layer = Equilibrium(Overflowing(), solver=Picard(0.3, 4), gradient=Implicit(Picard(0.1, 9)))
+    with SolveLog(layer) as log:
+        layer(torch.tensor([[1.0], [0.0]], requires_grad=True)).sum().backward()
+    assert log.backward_status.tolist() == [Status.CONVERGED, Status.NONFINITE]
+    torch.testing.assert_close(log.backward_residual, torch.tensor([1 / 15, torch.inf]))
+    summary = log.summary()
+    assert summary["backward_mean_residual"] == pytest.approx(1 / 15)
+    assert summary["backward_converged"] == 0.5 and summary["backward_mean_steps"] == 2  # 3 and 1
+
+
+def test_a_trace_is_padded_with_its_own_last_residuals():
+    layer = Equilibrium(Affine(), solver=Picard(0.3, 9))
+    with SolveLog(layer) as log:
+        layer(torch.ones(2, 1), z0=torch.tensor([[1.8], [1.0]]))
+        layer(torch.ones(1, 1))
+    # f(1) = 1.5 and f(1.5) = 1.75; from 0 it takes an evaluation more.
+    expected = [[1 / 19, 1 / 3, 1], [1 / 19, 1 / 7, 1 / 3], [1 / 19, 1 / 7, 1 / 7]]
+    torch.testing.assert_close(log.trace, torch.tensor(expected))
+
+
 @pytest.mark.parametrize("name", ["conv", "attention"])
 def test_the_spectral_radius_at_the_equilibria(name):
     cell, x = cell_and_input(name)

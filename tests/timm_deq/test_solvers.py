@@ -100,6 +100,21 @@ def test_anderson_starts_the_memory_of_a_sample_anew_where_its_gram_matrix_is_ba
             assert torch.allclose(z_next[1], expected[1]) == (i >= 5)  # the other's reaches further back
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_anderson_refuses_weights_that_cancel_more_than_half_of_the_digits(dtype, monkeypatch):
+    """Weights of 1 / sqrt(eps) in sum of moduli: three quarters of that are taken, five quarters are not."""
+    limit = torch.finfo(dtype).eps ** -0.5
+    w = torch.tensor([0.75 * limit, 1.25 * limit], dtype=dtype) / 2
+    monkeypatch.setattr(Anderson, "_mixture", lambda self, gram, filled: torch.stack([1 + w, -w], dim=1))
+    z, fz = torch.randn(2, 2, 2, 3, generator=generator(), dtype=torch.float64).to(dtype)
+    solver = Anderson(memory=2)
+    _, state = solver.update(z[0], fz[0], solver.init(z[0]), ALL)
+    z_next, _ = solver.update(z[1], fz[1], state, ALL)
+    taken = fz[0, 0].double() + w[0].double() * (fz[0, 0].double() - fz[1, 0].double())
+    torch.testing.assert_close(z_next[0].double(), taken, rtol=1e-3, atol=1e-3 * limit)
+    assert torch.equal(z_next[1], fz[1, 1])
+
+
 def test_the_spelt_out_solve_equals_the_library_s(monkeypatch):
     rng = generator()
     F = torch.randn(3, 5, 20, generator=rng, dtype=torch.float64)
