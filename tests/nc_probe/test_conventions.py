@@ -103,6 +103,25 @@ def test_at_collapse():
     assert published == pytest.approx(dict.fromkeys(published, 0), abs=1e-9)
 
 
+@pytest.mark.parametrize("paper", [papyan2020, zhu2021])
+@pytest.mark.parametrize("offset", [0.1, 1e4])
+def test_means_that_coincide_at_an_offset_are_no_directions(paper, offset):
+    """Of classes at one place nothing is left but the rounding of their means, of which S_B^+ would be noise."""
+    gen = torch.Generator().manual_seed(0)
+    arms = torch.randn(7, 6, generator=gen).double()
+    offset = offset * torch.rand(6, generator=gen).double()
+    x = torch.cat([offset + arms, offset + arms[torch.randperm(7, generator=gen)]])
+    labels = torch.arange(2).repeat_interleave(7)
+    assert math.isnan(paper(moments_of(x, labels, 2, batch=3))["nc1"])
+    # Two classes there and one elsewhere, at distance 5 along e: one direction, in which S_W is that of the arms.
+    e = torch.full((6,), 6**-0.5, dtype=torch.float64)
+    x, labels = torch.cat([x, x[:7] + 5 * e]), torch.arange(3).repeat_interleave(7)
+    within = float(((arms - arms.mean(0)) @ e).square().mean())
+    between = (2 * (5 / 3) ** 2 + (10 / 3) ** 2) / 3
+    nc1 = paper(moments_of(x, labels, 3, batch=3))["nc1"]
+    assert nc1 == pytest.approx(within / between / (3 if paper is zhu2021 else 1), rel=1e-9)
+
+
 def test_minority_collapse_and_norms():
     W = torch.cat([3 * etf(3, 8), torch.full((4, 8), 0.5).double()])
     groups = {"majority": torch.arange(3), "minority": torch.arange(3, 7)}

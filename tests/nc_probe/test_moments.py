@@ -154,6 +154,20 @@ def test_majority_does_not_swamp_the_balanced_scatter():
         pooled.within(balanced(counts))
 
 
+def test_a_class_of_one_sample_has_no_scatter_that_weights_could_disagree_on():
+    """Pooled over classes of 25, 25 and 1 samples, the balanced weighting and the empirical one are both to be had."""
+    counts = [0, 25, 25, 0, 1, 0]
+    x, labels = samples(counts=counts)
+    pooled = feed(ClassMoments(K, d, partition=torch.zeros(K)), x, labels, 7)
+    for weights in (balanced(counts), torch.full((K,), 1 / 51).double()):
+        assert pooled.resolves(weights) and close(pooled.within(weights), full_batch(x, labels, weights)[2])
+    weights = torch.tensor([5.0, 0.1, 0.1, 7, 9, 3]).double()  # as of classes that were not seen
+    assert close(pooled.within(weights), full_batch(x, labels, weights)[2])
+    assert not pooled.resolves(torch.tensor([0.1, 0.1, 0.2, 0.1, 0.1, 0.1]))
+    counts = [0, 25, 25, 2, 0, 0]
+    assert not feed(ClassMoments(K, d, partition=torch.zeros(K)), *samples(counts=counts), 7).resolves(balanced(counts))
+
+
 @pytest.mark.parametrize("arguments", [{}, {"class_counts": COUNTS, "partition": [5, 4, 3, 2, 1, 0]}])
 def test_spread_of_each_class(arguments):
     """tr(B^T S_k B), also where a scatter is scaled by the count and kept under another number."""

@@ -37,6 +37,45 @@ def test_pooling_by_layout():
         pooled(3)
 
 
+def test_channels_as_many_as_places_are_taken_to_come_first_in_maps_and_last_in_tokens():
+    gen = torch.Generator().manual_seed(0)
+    square, tokens = torch.randn(2, 5, 5, 5, generator=gen), torch.randn(2, 5, 5, generator=gen)
+    by_hand = [[sum(square[b, c].double().flatten().tolist()) / 25 for c in range(5)] for b in (0, 1)]
+    torch.testing.assert_close(pooled(square, channels=5), torch.tensor(by_hand, dtype=torch.float64))
+    by_hand = [[sum(tokens[b, :, c].double().tolist()) / 5 for c in range(5)] for b in (0, 1)]
+    torch.testing.assert_close(pooled(tokens, channels=5), torch.tensor(by_hand, dtype=torch.float64))
+    wide = square[:, :, :3]  # (B, 5, 3, 5): as wide as it has channels
+    torch.testing.assert_close(pooled(wide, channels=5), torch.einsum("bchw->bc", wide.double()) / 15)
+
+
+class Pair(nn.Module):
+    """Gives maps and their tokens, as a layer does that hands on what it has read."""
+
+    def forward(self, x):
+        return {"maps": x.view(-1, 3, 2, 2), "size": 4, "tokens": [x.view(-1, 4, 3) ** 2]}
+
+
+class OfPair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pair, self.fc = Pair(), nn.Linear(12, K)
+
+    def forward(self, x):
+        self.pair(x)
+        return self.fc(x)
+
+
+def test_a_layer_that_gives_two_tensors_is_measured_by_both_side_by_side():
+    gen = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(12, 12, generator=gen).double(), torch.arange(12) % K
+    report = probed(OfPair().double().eval(), x, labels, 5, layers=["pair"])
+    vectors = torch.cat([x.reshape(12, 3, 4).mean(2), x.reshape(12, 4, 3).square().mean(1)], 1)
+    means = torch.stack([vectors[labels == k].mean(0) for k in range(K)])
+    torch.testing.assert_close(report.layers["pair"].means, means - means.mean(0))
+    first, second = torch.randn(2, 5, 3, generator=gen), torch.randn(2, 7, 3, generator=gen)
+    assert torch.equal(pooled([first, second], channels=3), pooled(first)), "the first of those with the channels"
+
+
 def test_means_of_bfloat16_maps_are_taken_in_float64():
     x = (100 + torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))).bfloat16()
     expected = torch.tensor([[sum(x[b, c].flatten().tolist()) / 256 for c in range(3)] for b in (0, 1)])
