@@ -13,12 +13,12 @@ geometries that theory predicts, and `conventions` the papers' own variants; `nc
 """
 
 from nc_probe.hooks.heads import Head, find_head
-from nc_probe.measures.assembly import measure
+from nc_probe.measures.agreement import Agreement
 from nc_probe.measures.conventions import CONVENTIONS
 from nc_probe.measures.geometry import ReferenceGram, orthogonal_frame, seli, simplex_etf
 from nc_probe.moments.class_moments import ClassMoments
 from nc_probe.probe import NCProbe
-from nc_probe.report import Agreement, CollapseReport
+from nc_probe.report import CollapseReport, measure
 
 __all__ = [
     "CONVENTIONS",

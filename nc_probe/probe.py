@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from nc_probe.hooks.heads import count_classes, find_head, is_compiled, unwrap
 from nc_probe.hooks.streams import ClassifierStream, TapStream, classifier_streams
 from nc_probe.hooks.taps import HeadTap, OutputTap, layer_taps, solve_taps
-from nc_probe.measures.assembly import CENTERS, Measurement, atoms, check_groups, measure
+from nc_probe.measures.agreement import Agreement
+from nc_probe.measures.assembly import CENTERS, Measurement, atoms, check_groups
 from nc_probe.measures.conventions import check_conventions
 from nc_probe.moments import ranks
 from nc_probe.moments.cache import FeatureCache, Kept
 from nc_probe.moments.checks import check_samples
 from nc_probe.moments.class_moments import ClassMoments
 from nc_probe.moments.second_look import SecondLook
-from nc_probe.report import Agreement, CollapseReport
+from nc_probe.report import CollapseReport, measure
 
 __all__ = ["NCProbe"]
 
@@ -300,16 +301,8 @@ class NCProbe:
     def _report(self, index: int, stream: ClassifierStream, *, sync: bool) -> CollapseReport:
         moments = self._gathered(stream, sync=sync)
         moments.check_counts()
-        weight, bias = stream.snapshot()
-        measurement = Measurement(
-            moments,
-            weight,
-            bias,
-            center=self.center,
-            groups=self.groups,
-            conventions=self.conventions,
-            features_dtype=stream.dtype,
-        )
+        settings: dict[str, Any] = {"center": self.center, "groups": self.groups, "conventions": self.conventions}
+        measurement = Measurement(moments, *stream.snapshot(), **settings, features_dtype=stream.dtype)
         looked, source = None, "absent: features exceed cache_bytes and spill_bytes, and there was no second pass"
         exact = self._deferred and not self._cache.over
         if self._looks and not exact:
@@ -327,4 +320,4 @@ class NCProbe:
             correct = ranks.total(correct) if sync else correct
         agree = None if looked is None or stream.linear is None else looked.agree
         agreement = Agreement(correct, None if looked is None else looked.nearest, agree, source)
-        return measurement.report(agreement, looked if exact else None)
+        return CollapseReport.of(measurement.values(agreement, looked if exact else None))

@@ -1,16 +1,20 @@
-"""CollapseReport: the numbers of one pass over the data."""
+"""Reports of collapse: the numbers of one pass over the data."""
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, Self
 
+import torch
 from torch import Tensor
 
+from nc_probe.measures.agreement import Agreement
+from nc_probe.measures.assembly import Measurement
 from nc_probe.measures.pairwise import cosine_gram
+from nc_probe.moments.class_moments import ClassMoments
 
-__all__ = ["Agreement", "CollapseReport"]
+__all__ = ["CollapseReport", "measure"]
 
 NAN = math.nan
 
@@ -18,20 +22,6 @@ NAN = math.nan
 GRAM_CLASSES = 100
 
 WIDTH = 120
-
-
-class Agreement(NamedTuple):
-    """Samples counted per true class, all (K,) integers.
-
-    correct: the classifier is right; None without one. center_correct: the nearest class mean is right. agree: both
-    choose the same class. The last two are None if the features are gone. source: where they came from, or why they are
-    absent.
-    """
-
-    correct: Tensor | None
-    center_correct: Tensor | None
-    agree: Tensor | None
-    source: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +127,11 @@ class CollapseReport:
     layers: Mapping[str, "CollapseReport"] = field(default_factory=dict)
     iterates: Mapping[str, "CollapseReport"] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Make a report of its fields by name, in which those of `groups` are such mappings too."""
+        return cls(**{**values, "groups": {name: cls(**group) for name, group in values["groups"].items()}})
+
     @property
     def nc2(self) -> float:
         """The one number for NC2: distance of the class means to the simplex ETF."""
@@ -197,6 +192,39 @@ class CollapseReport:
         for paper, values in self.conventions.items():
             text += _wrap(f"{paper}: " + ", ".join(f"{name} {_number(value)}" for name, value in values.items()))
         return "\n".join(text)
+
+
+def measure(
+    moments: ClassMoments,
+    weight: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    center: str = "balanced",
+    groups: Mapping[str, Iterable[int]] | None = None,
+    agreement: Agreement | None = None,
+    conventions: Iterable[str] = (),
+    features_dtype: torch.dtype = torch.float32,
+) -> CollapseReport:
+    """Measure collapse from moments and a linear classifier.
+
+    Classes without samples are left out. On several ranks give it `moments.sync()`.
+
+    Args:
+        moments: of the features that enter the classifier.
+        weight: (K, d), or None for features without a classifier: what needs it is then absent.
+        bias: (K,); it decides `mean_accuracy` only.
+        center: "balanced" or "empirical", see CollapseReport.
+        groups: classes of each group by name. A group's measures take its classes only, about the centre of all, and
+            compare with the part of the K-class geometry that the group should be.
+        agreement: samples counted with the features at hand, for NC4 and the accuracies.
+        conventions: papers whose own formulas to add, of `nc_probe.measures.conventions`.
+        features_dtype: precision that the features came in, which decides what counts in `feature_rank`.
+
+    Raises:
+        ValueError: a bad argument, no samples, or moments that do not resolve the weighting.
+    """
+    settings = {"center": center, "groups": groups, "conventions": conventions, "features_dtype": features_dtype}
+    return CollapseReport.of(Measurement(moments, weight, bias, **settings).values(agreement))
 
 
 _NESTED = ("groups", "heads", "layers", "iterates")

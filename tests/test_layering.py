@@ -1,6 +1,7 @@
 """Who may import whom, read from the syntax trees: the layers of the project."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,30 @@ def test_the_core_is_ordered():
         for name in imports(path):
             if name.startswith("timm_deq"):
                 assert rank(name) <= rank(module), f"{module} imports {name}"
+
+
+# Inside nc_probe: each folder or file at its root, and those from which it may import.
+FLOORS = {
+    "moments": set(),
+    "hooks": {"moments"},
+    "measures": {"moments"},
+    "report": {"moments", "measures"},
+    "plots": {"measures", "report"},
+    "probe": {"moments", "hooks", "measures", "report"},
+}
+
+
+def test_nc_probe_has_floors():
+    graph = {}
+    for path in files(["nc_probe"]):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        graph[module] = {name for name in imports(path) if name.startswith("nc_probe")}
+        if module != "nc_probe":
+            floor = module.split(".")[1]
+            above = {name.split(".")[1] for name in graph[module]} - FLOORS[floor] - {floor}
+            assert not above, f"{module} imports {above}"
+    assert set(FLOORS) == {name.split(".")[1] for name in graph if name != "nc_probe"}
+    TopologicalSorter(graph).prepare()  # raises where modules import each other in a circle
 
 
 def test_no_script_hides_a_package():

@@ -1,6 +1,5 @@
-"""From moments to a report: which classes, which weights, which reference go into each measure."""
+"""From moments to the numbers of a report: the classes, weights and reference that go into each measure."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,49 +7,16 @@ import torch
 from torch import Tensor
 
 from nc_probe.measures import formulas, pairwise
+from nc_probe.measures.agreement import Agreement, shares
 from nc_probe.measures.conventions import CONVENTIONS, INVERSES, check_conventions
 from nc_probe.measures.geometry import orthogonal_frame, seli, simplex_etf
 from nc_probe.moments.class_moments import ClassMoments
 from nc_probe.moments.precision import exact_arithmetic
 from nc_probe.moments.second_look import Looked
-from nc_probe.report import Agreement, CollapseReport
 
-__all__ = ["CENTERS", "Measurement", "atoms", "check_groups", "measure"]
+__all__ = ["CENTERS", "Measurement", "atoms", "check_groups"]
 
 CENTERS = ("balanced", "empirical")
-
-
-def measure(
-    moments: ClassMoments,
-    weight: Tensor | None,
-    bias: Tensor | None = None,
-    *,
-    center: str = "balanced",
-    groups: Mapping[str, Iterable[int]] | None = None,
-    agreement: Agreement | None = None,
-    conventions: Iterable[str] = (),
-    features_dtype: torch.dtype = torch.float32,
-) -> CollapseReport:
-    """Measures collapse from moments and a linear classifier.
-
-    Classes without samples are left out. On several ranks give it `moments.sync()`.
-
-    Args:
-        moments: of the features that enter the classifier.
-        weight: (K, d), or None for features without a classifier: what needs it is then absent.
-        bias: (K,); it decides `mean_accuracy` only.
-        center: "balanced" or "empirical", see CollapseReport.
-        groups: classes of each group by name. A group's measures take its classes only, about the centre of all, and
-            compare with the part of the K-class geometry that the group should be.
-        agreement: samples counted with the features at hand, for NC4 and the accuracies.
-        conventions: papers whose own formulas to add, of `nc_probe.measures.conventions`.
-        features_dtype: precision that the features came in, which decides what counts in `feature_rank`.
-
-    Raises:
-        ValueError: a bad argument, no samples, or moments that do not resolve the weighting.
-    """
-    settings = {"center": center, "groups": groups, "conventions": conventions, "features_dtype": features_dtype}
-    return Measurement(moments, weight, bias, **settings).report(agreement)
 
 
 def check_groups(groups: Mapping[str, Iterable[int]] | None, num_classes: int) -> dict[str, Tensor]:
@@ -77,7 +43,7 @@ def atoms(groups: Mapping[str, Sequence[int]], num_classes: int) -> Tensor:
 
 
 class Measurement:
-    """What the report of all classes and those of the groups share; `measure` has the arguments.
+    """What the report of all classes and those of the groups share.
 
     NC1 and the ranks of the features rest on the within-class scatter: that of the moments or, where they have none,
     what a second look at the features finds of `bases` and `class_weights`.
@@ -138,8 +104,8 @@ class Measurement:
         own = [(inverse.basis, classes[name]) for name, inverse in self._inverses.items()]
         return own + [(inverse.basis, classes[None]) for inverse in self._published.values()]
 
-    def report(self, agreement: Agreement | None = None, looked: Looked | None = None) -> CollapseReport:
-        """The report.
+    def values(self, agreement: Agreement | None = None, looked: Looked | None = None) -> dict[str, Any]:
+        """Compute the fields of a report by name; those of the groups' reports, by group, under "groups".
 
         Args:
             agreement: samples counted with the features at hand.
@@ -157,7 +123,7 @@ class Measurement:
                 for paper in self.papers
             }
             ranks = self._spectrum(looked)
-        return dataclasses.replace(whole, **ranks, conventions=published, groups=parts)
+        return whole | ranks | {"conventions": published, "groups": parts}
 
     def _inverse(self, classes: Tensor) -> formulas.BetweenInverse:
         shown = classes[self.present[classes]]
@@ -183,7 +149,7 @@ class Measurement:
 
     def _part(
         self, name: str | None, classes: Tensor, agreement: Agreement | None, spreads: Mapping[Any, Tensor]
-    ) -> CollapseReport:
+    ) -> dict[str, Any]:
         """Of all classes (no name), or of a group."""
         shown = classes[self.present[classes]]
         n = self.moments.count[shown]
@@ -199,8 +165,8 @@ class Measurement:
         if self.weight is not None and len(classes):
             values |= self._classifier(classes, shown)
         if agreement is not None:
-            values |= self._agreement(agreement, shown)
-        return CollapseReport(**values)
+            values |= shares(agreement, shown, n, self.pi[shown])
+        return values
 
     def _means(self, shown: Tensor) -> dict[str, Any]:
         """What the class means and their variances say."""
@@ -276,22 +242,4 @@ class Measurement:
                 "class_nc3_cosine": tuple(cosines.tolist()),
                 "mean_accuracy": float((chosen.cpu() == shown).double().mean()),
             }
-        return values
-
-    def _agreement(self, counted: Agreement, shown: Tensor) -> dict[str, Any]:
-        """Shares of the counted samples."""
-        values: dict[str, Any] = {"nc4_source": counted.source}
-        if not len(shown):
-            return values
-        n, pi = self.moments.count[shown].double().cpu(), self.pi[shown].cpu()
-        for prefix, hits in (("", counted.correct), ("center_", counted.center_correct)):
-            if hits is not None:
-                hits = hits.cpu()[shown].double()
-                values[f"{prefix}accuracy"] = float(hits.sum() / n.sum())
-                values[f"balanced_{prefix}accuracy"] = float((hits / n).mean())
-                values[f"class_{prefix}accuracy"] = tuple((hits / n).tolist())
-        if counted.agree is not None:
-            share = counted.agree.cpu()[shown].double() / n
-            values["nc4"] = float((pi * share).sum() / pi.sum())  # 1 exactly if every share is
-            values["class_nc4"] = tuple(share.tolist())
         return values
