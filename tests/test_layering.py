@@ -17,7 +17,7 @@ LAYERS = {
 }
 
 # Inside the core: a module may import those of its own rank or below.
-RANKS = "version solution solvers.base fixed_point solvers gradients dropout equilibrium".split()
+RANKS = "version solution solvers.base fixed_point solvers jacobian gradients dropout equilibrium hooks".split()
 RANKS += "spectral monotone warm_start correction log models".split() + [""]
 
 

@@ -9,6 +9,7 @@ from timm_deq.dropout import VariationalDropout
 from timm_deq.equilibrium import Equilibrium, NonFiniteInputError
 from timm_deq.fixed_point import fixed_point
 from timm_deq.gradients import Gradient, Implicit, Neumann, Phantom, Reversible, Shine, Unrolled
+from timm_deq.hooks import equilibria
 from timm_deq.log import SolveLog
 from timm_deq.models import set_solver
 from timm_deq.monotone import ForwardBackward, PeacemanRachford
@@ -43,6 +44,7 @@ __all__ = [
     "VariationalDropout",
     "WarmStart",
     "__version__",
+    "equilibria",
     "fixed_point",
     "jacobian_penalty",
     "set_solver",

@@ -6,24 +6,25 @@ of the iterates $z^{(k_1)}, \dots, z^{(k_n)}$ of the solve as well as on its end
 $$ \sum_{i=1}^{n} \gamma^{\,n+1-i} \, \ell\bigl(z^{(k_i)}\bigr) + \ell(z^*), $$
 
 here divided by the sum of the weights, so that early iterates are pulled to the answer and the solve converges sooner.
-Each iterate is differentiated by one step of f from it: $z^{(k)}$ is a constant, $f(z^{(k)})$ is on the tape.
+Each iterate is differentiated by one step of f from it: $z^{(k)}$ is a constant, $f(z^{(k)})$ is recorded by autograd.
 """
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from timm_deq.equilibrium import Equilibrium
 from timm_deq.fixed_point import Map
 from timm_deq.gradients.base import Gradient
 from timm_deq.gradients.phantom import Phantom
+from timm_deq.hooks import Hook, HookContext, equilibria
 from timm_deq.spectral import at_equilibrium
 
 
-class FixedPointCorrection:
+class FixedPointCorrection(HookContext):
     """Lets a model's head see iterates of the solve, as more samples, in every training forward while it is open.
 
     ```python
@@ -38,7 +39,7 @@ class FixedPointCorrection:
     Args:
         model: Any module with one :class:`Equilibrium` layer.
         at: After how many updates of the solver the iterates are taken, n increasing numbers, each at least 1. For a
-            solve that ended before, its equilibrium stands in.
+            solve that ended before, its equilibrium is taken.
         gradient: Differentiates the iterates; the one-step gradient of the paper by default. One that follows the steps
             of the solver will not do.
         decay: The factor $\\gamma$ in (0, 1] from the weight of an entry to that of the one before it.
@@ -50,7 +51,7 @@ class FixedPointCorrection:
     def __init__(
         self, model: nn.Module, *, at: Sequence[int], gradient: Gradient | None = None, decay: float = 0.8
     ) -> None:
-        layers = [m for m in model.modules() if isinstance(m, Equilibrium)]
+        layers = list(equilibria(model).values())
         if len(layers) != 1:
             raise ValueError(f"model must have exactly 1 Equilibrium, got {len(layers)}")
         if not at or at[0] < 1 or any(later <= earlier for earlier, later in zip(at, at[1:], strict=False)):
@@ -60,23 +61,16 @@ class FixedPointCorrection:
         self.layer = layers[0]
         self.at = tuple(at)
         self.gradient = Phantom(1, damping=1.0) if gradient is None else gradient
-        if self.gradient.records_solve or self.gradient.needs is not None:
+        if self.gradient.differentiates_solver or self.gradient.required_solver is not None:
             raise ValueError(f"gradient must need no more than f and an iterate, as Phantom, got {gradient!r}")
         self.decay = decay
-        self._handles: list[Any] = []
         self._iterates: list[Tensor] = []
 
-    def __enter__(self) -> "FixedPointCorrection":
-        self._handles = [
-            self.layer.register_iterate_hook(self._see),
-            self.layer.register_forward_hook(self._correct, with_kwargs=True),
+    def register(self) -> list[RemovableHandle]:
+        return [
+            self.layer.register_iterate_hook(Hook(self._see)),
+            self.layer.register_forward_hook(Hook(self._correct), with_kwargs=True),
         ]
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
     def split(self, logits: Tensor) -> tuple[Tensor, ...]:
         """The n + 1 parts `(B, ...)` of an output `((n + 1) B, ...)`; the last is that of the equilibrium.

@@ -1,6 +1,6 @@
 """Variational dropout (Gal & Ghahramani, NeurIPS 2016): one mask for the length of a solve.
 
-A mask drawn anew at each evaluation would leave nothing to converge to. As in Bai, Koltun & Kolter (NeurIPS 2020), the
+A mask drawn again at each evaluation would leave nothing to converge to. As in Bai, Koltun & Kolter (NeurIPS 2020), the
 mask is drawn per sample and element at the first evaluation, and f keeps it for the solve and for its gradient.
 """
 

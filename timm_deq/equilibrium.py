@@ -1,12 +1,12 @@
-"""The equilibrium layer: a cell, a solver that finds its fixed point, a gradient that differentiates it."""
+"""The equilibrium layer: a cell, a solver that finds its fixed point, and a gradient that differentiates it."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrize
@@ -18,7 +18,7 @@ from timm_deq.gradients.base import Gradient
 from timm_deq.gradients.implicit import Implicit
 from timm_deq.solution import Solution
 from timm_deq.solvers.anderson import Anderson
-from timm_deq.solvers.base import Solver, autocasts, check_at_least, is_static
+from timm_deq.solvers.base import Solver, autocast_enabled, check_at_least, is_tracing
 
 SolutionHook = Callable[["Equilibrium", str, Solution, list[Tensor]], None]
 """Called with the layer, "forward" or "backward", the solution, and the residuals `(B,)` after each evaluation."""
@@ -44,12 +44,25 @@ class Equilibrium(nn.Module):
         solver: Finds the equilibrium.
         gradient: Differentiates it.
         min_steps: If given, training draws the budget of each solve uniformly from `min_steps` to the solver's
-            `max_steps`, so that the model is of use at any number of steps. Programs that are recorded draw nothing.
-        gather: Whether a solve in evaluation goes on with the unfinished samples alone once enough have finished.
+            `max_steps`, so that the model is of use at any number of steps. Recorded programs draw nothing.
+        gather: Whether a solve in evaluation drops converged samples from the batch (compaction).
 
     Raises:
         ValueError: A gradient that the solver does not serve, `min_steps` below 1, or a cell that `fully_shard` has
             sharded by itself (shard the layer, or the model).
+
+    >>> from timm_deq import Anderson, Equilibrium
+    >>> class Cell(nn.Linear):
+    ...     def forward(self, z, x):
+    ...         return torch.tanh(super().forward(z) / 4 + x)
+    >>> layer = Equilibrium(Cell(3, 3), solver=Anderson(tol=1e-5))
+    >>> x = torch.randn(8, 3, requires_grad=True)
+    >>> z_star = layer(x)
+    >>> torch.allclose(layer.cell(z_star, x), z_star, atol=1e-4)
+    True
+    >>> z_star.square().mean().backward()
+    >>> x.grad.shape
+    torch.Size([8, 3])
     """
 
     def __init__(
@@ -90,39 +103,48 @@ class Equilibrium(nn.Module):
             ValueError: The cell changes the shape, dtype or device of the state.
         """
         self._refuse_sharded_cell()
-        _check_finite(x)
         if z0 is None:
             z0 = self.initial_state(x)
-        trace = [] if self._solution_hooks else None
         differentiable = torch.is_grad_enabled() and self._requires_grad(x)
-        with self._weights_once(differentiable):
+        with self._cached_parametrizations(differentiable):
             f = self._map(x)
             if differentiable:
                 self.gradient.check_solver(self.solver)  # either may have been replaced
                 f = self.gradient.prepare(f, self.solver)
-            with torch.set_grad_enabled(differentiable and self.gradient.records_solve):
-                restrict = self._restriction(x, z0) if not (self.training or differentiable) else None
-                observe = self._show if self._iterate_hooks else None
-                solver = self._budgeted_solver(x)
-                solution = fixed_point(f, z0, solver, restrict=restrict, trace=trace, observe=observe)
-            if trace is not None:
-                self._report("forward", solution, trace)
+            with torch.set_grad_enabled(differentiable and self.gradient.differentiates_solver):
+                solution = self._solve(f, x, z0, gather=not (self.training or differentiable))
             z_star = solution.value.to(z0.dtype)
             if not differentiable:
                 return z_star
-            if autocasts(x) and not is_static(
-                x
-            ):  # older torch keeps casts made off the tape: the weights would be cut off
+            if autocast_enabled(x) and not is_tracing(x):
+                # Older torch keeps the casts made while gradients were disabled: the weights would be cut off.
                 torch.clear_autocast_cache()
-            state = solution.state if self.gradient.needs else None  # histories are not to wait for the backward pass
+            # Histories are not to wait for the backward pass.
+            state = solution.state if self.gradient.required_solver else None
             report = self._report_backward if self._solution_hooks else None
             return self.gradient.attach(f, z_star, state=state, start=u0, report=report)
+
+    @contextmanager
+    def bind(self, x: Tensor) -> Iterator[Map]:
+        """Gives `z -> cell(z, x)`, the map that a forward with this input solves.
+
+        A context, because parametrised weights are computed once and held for its length. Dropout masks inside the
+        cell are drawn at the first evaluation, and kept.
+
+        >>> from timm_deq import Equilibrium, ForwardBackward, spectral_radius
+        >>> layer, x = Equilibrium(ForwardBackward(3)), torch.ones(4, 3)
+        >>> with layer.bind(x) as f:
+        ...     spectral_radius(f, layer(x)).shape
+        torch.Size([4])
+        """
+        with self._cached_parametrizations(torch.is_grad_enabled()):
+            yield self._map(x)
 
     def initial_state(self, x: Tensor) -> Tensor:
         """Where a solve starts by default: the cell's `initial_state(x)` or zeros, in float32 under autocast."""
         initial_state: Callable[[Tensor], Tensor] = getattr(self.cell, "initial_state", torch.zeros_like)
         z0 = initial_state(x)
-        return z0.to(torch.promote_types(z0.dtype, torch.float32)) if autocasts(z0) else z0
+        return z0.to(torch.promote_types(z0.dtype, torch.float32)) if autocast_enabled(z0) else z0
 
     def register_solution_hook(self, hook: SolutionHook) -> RemovableHandle:
         """Has `hook` called after each solve; the handle removes it."""
@@ -135,6 +157,24 @@ class Equilibrium(nn.Module):
         handle = RemovableHandle(self._iterate_hooks)
         self._iterate_hooks[handle.id] = hook
         return handle
+
+    def _solve(self, f: Map, x: Tensor, z0: Tensor, *, gather: bool) -> Solution:
+        """Runs the loop, and reports the solution to the hooks."""
+        residual_history = [] if self._solution_hooks else None
+        solution = fixed_point(
+            f,
+            z0,
+            self.solver,
+            max_steps=self._budget(x),
+            subset_map=self._subset_map(x, z0) if gather else None,
+            residual_history=residual_history,
+            callback=self._show if self._iterate_hooks else None,
+        )
+        if not is_tracing(x) and solution.residual.isinf().any():
+            _check_finite(x)  # most often the cause
+        if residual_history is not None:
+            self._report("forward", solution, residual_history)
+        return solution
 
     def _show(self, step: int, z: Tensor) -> None:
         for hook in tuple(self._iterate_hooks.values()):
@@ -150,37 +190,38 @@ class Equilibrium(nn.Module):
     def _map(self, x: Tensor) -> Map:
         return one_mask_per_solve(self.cell, partial(self.cell, x=x))
 
-    def _restriction(self, x: Tensor, z0: Tensor) -> Callable[[Tensor], Map] | None:
-        """The map for some samples alone, if samples are to be gathered."""
-        if not self.gather or is_static(x) or len(x) != len(z0):
+    def _subset_map(self, x: Tensor, z0: Tensor) -> Callable[[Tensor], Map] | None:
+        """The map for some samples alone, if converged samples are to be dropped."""
+        if not self.gather or is_tracing(x) or len(x) != len(z0):
             return None
         return lambda rows: self._map(x.index_select(0, rows))
 
-    def _budgeted_solver(self, x: Tensor) -> Solver:
-        """The solver, with a random budget if this is training and one is wanted."""
-        if self.min_steps is None or not self.training or is_static(x):
-            return self.solver
+    def _budget(self, x: Tensor) -> int | None:
+        """A random budget if this is training and one is wanted; None for the solver's."""
+        if self.min_steps is None or not self.training or is_tracing(x):
+            return None
         most = self.solver.max_steps
-        drawn = torch.randint(min(self.min_steps, most), most + 1, ())
-        return replace(self.solver, max_steps=int(drawn))
+        return int(torch.randint(min(self.min_steps, most), most + 1, ()))
 
     def _requires_grad(self, x: Tensor) -> bool:
-        """Whether anything that the cell depends on wants a gradient: a frozen model is to leave no tape."""
+        """Whether anything that the cell depends on requires a gradient: of a frozen model nothing is recorded."""
         weights = any(p.requires_grad for p in self.cell.parameters())
         return weights or isinstance(x, torch.fx.Proxy) or x.requires_grad
 
     def _refuse_sharded_cell(self) -> None:
         """FSDP2 would gather it at each evaluation, and ranks that make different numbers of them wait forever."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return  # without the walk over the modules
         for name, module in self.cell.named_modules(prefix="cell"):
             if isinstance(module, FSDPModule):
                 raise ValueError(
                     f"cell must be sharded as part of its Equilibrium or of a module above, got {name} sharded alone"
                 )
 
-    def _weights_once(self, differentiable: bool) -> AbstractContextManager:
-        """Within it, parametrised weights are not computed again: once serves the solve and its gradient."""
+    def _cached_parametrizations(self, differentiable: bool) -> AbstractContextManager:
+        """Computes parametrised weights once for a solve and its gradient."""
         parametrized = [m for m in self.cell.modules() if parametrize.is_parametrized(m)]
-        return _computed(parametrized, differentiable) if parametrized else nullcontext()
+        return _cached(parametrized, differentiable) if parametrized else nullcontext()
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript, which knows no solver objects, is given the recorded steps of the solve."""
@@ -191,8 +232,8 @@ class Equilibrium(nn.Module):
 
 
 @contextmanager
-def _computed(modules: list[nn.Module], differentiable: bool) -> Iterator[None]:
-    """Computes parametrised weights, on the tape if they are to be differentiated, and holds them."""
+def _cached(modules: list[nn.Module], differentiable: bool) -> Iterator[None]:
+    """Computes parametrised weights, recorded by autograd if they are to be differentiated, and holds them."""
     device = next(p for module in modules for p in module.parameters()).device.type
     with parametrize.cached():
         with torch.set_grad_enabled(differentiable), torch.autocast(device, enabled=False):
@@ -203,7 +244,6 @@ def _computed(modules: list[nn.Module], differentiable: bool) -> Iterator[None]:
 
 
 def _check_finite(x: Tensor) -> None:
-    if is_static(x) or not x.numel() or torch.linalg.vector_norm(x.detach(), ord=float("inf")).isfinite():
-        return
-    samples = (~x.detach().flatten(1).isfinite().all(dim=1)).sum().item()
-    raise NonFiniteInputError(f"x must be finite, got NaN or infinity in {samples} of {len(x)} samples")
+    samples = int((~x.detach().flatten(1).isfinite().all(dim=1)).sum())
+    if samples:
+        raise NonFiniteInputError(f"x must be finite, got NaN or infinity in {samples} of {len(x)} samples")

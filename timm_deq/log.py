@@ -1,19 +1,21 @@
-"""Telemetry: what the solves of a model did, gathered by hooks, as nc_probe gathers features."""
+"""A log of the solves of a model, gathered by hooks."""
 
+from collections.abc import Iterator
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from timm_deq.equilibrium import Equilibrium
+from timm_deq.hooks import Hook, HookContext, equilibria
 from timm_deq.solution import Solution, Status
 from timm_deq.solvers.base import check_at_least
 from timm_deq.spectral import at_equilibrium, spectral_radius
 
 
-class SolveLog:
+class SolveLog(HookContext):
     """Records every solve of a model's equilibria while it is open.
 
     ```python
@@ -37,23 +39,15 @@ class SolveLog:
         check_at_least("spectral_steps", spectral_steps, 0)
         self.model = model
         self.spectral_steps = spectral_steps
-        self._handles: list[Any] = []
         self._solves: dict[str, list[Solution]] = {"forward": [], "backward": []}
         self._traces: list[list[Tensor]] = []
         self._radii: list[Tensor] = []
 
-    def __enter__(self) -> "SolveLog":
-        layers = [m for m in self.model.modules() if isinstance(m, Equilibrium)]
-        self._handles = [layer.register_solution_hook(self._record) for layer in layers]
-        if self.spectral_steps:  # ahead of other hooks, which may replace the output
-            hooks = (m.register_forward_hook(self._record_radius, prepend=True, with_kwargs=True) for m in layers)
-            self._handles.extend(hooks)
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def register(self) -> Iterator[RemovableHandle]:
+        for layer in equilibria(self.model).values():
+            yield layer.register_solution_hook(Hook(self._record))
+            if self.spectral_steps:  # ahead of other hooks, which may replace the output
+                yield layer.register_forward_hook(Hook(self._record_radius), prepend=True, with_kwargs=True)
 
     def _record(self, layer: Equilibrium, phase: str, solution: Solution, trace: list[Tensor]) -> None:
         self._solves[phase].append(solution._replace(value=torch.empty(0), state=None))  # what is large is not kept

@@ -1,4 +1,4 @@
-r"""What the Jacobian $J = \partial f / \partial z$ at an equilibrium says: how large it is, and how fast f contracts.
+r"""Size and spectral radius of the Jacobian $J = \partial f / \partial z$ at an equilibrium.
 
 The solve and its backward pass converge fast where J is small, so Bai, Koltun & Kolter, "Stabilizing Equilibrium Models
 by Jacobian Regularization" (ICML 2021, Eq. 9), penalise its Frobenius norm, by the estimate of Hutchinson (1989),
@@ -11,13 +11,15 @@ for a state of D elements. Its spectral radius, below which no iteration of f co
 
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from timm_deq.equilibrium import Equilibrium
+from timm_deq.hooks import Hook, HookContext, equilibria
+from timm_deq.jacobian import TransposedJacobian
 from timm_deq.solvers.base import check_at_least
 
 
@@ -35,21 +37,19 @@ def jacobian_penalty(f: Callable[[Tensor], Tensor], z: Tensor, *, samples: int =
         samples: Vectors v, at least 1.
 
     Returns:
-        The estimates, `(B,)`, in float32 or better; without a tape where gradients are disabled.
+        The estimates, `(B,)`, in float32 or better; detached where gradients are disabled.
 
     Raises:
         ValueError: `samples` is below 1.
     """
     check_at_least("samples", samples, 1)
-    z, fz = _evaluate(f, z)
+    transposed = TransposedJacobian.at(f, z)
     total = z.new_zeros(len(z), dtype=torch.promote_types(z.dtype, torch.float32))
-    if not fz.requires_grad:
+    if transposed.is_zero:
         return total
     for _ in range(samples):
-        v = torch.randint_like(fz, 2) * 2 - 1
-        (product,) = torch.autograd.grad(
-            fz, z, v, retain_graph=True, create_graph=torch.is_grad_enabled(), materialize_grads=True
-        )
+        v = torch.randint_like(transposed.fz, 2) * 2 - 1
+        product = transposed(v, create_graph=torch.is_grad_enabled())
         total = total + product.flatten(1).to(total.dtype).square().sum(dim=1)
     return total / (samples * z.flatten(1).shape[1])
 
@@ -76,31 +76,22 @@ def spectral_radius(f: Callable[[Tensor], Tensor], z: Tensor, *, steps: int = 20
         ValueError: `steps` is below 1.
     """
     check_at_least("steps", steps, 1)
-    z, fz = _evaluate(f, z)
+    transposed = TransposedJacobian.at(f, z)
     dtype = torch.promote_types(z.dtype, torch.float32)
-    if not fz.requires_grad:
+    if transposed.is_zero:
         return z.new_zeros(len(z), dtype=dtype)
     generator = torch.Generator(z.device).manual_seed(0)
     v = torch.randn(z.shape, generator=generator, device=z.device, dtype=dtype).flatten(1)
     log_growth = v.new_zeros(len(v))
     for step in range(steps):
         v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-        cotangent = v.view(z.shape).to(fz.dtype)
-        (product,) = torch.autograd.grad(fz, z, cotangent, retain_graph=True, materialize_grads=True)
-        v = product.flatten(1).to(dtype)
+        v = transposed(v.view(z.shape)).flatten(1).to(dtype)
         if step >= steps // 2:
             log_growth += torch.linalg.vector_norm(v, dim=1).log()
     return (log_growth / (steps - steps // 2)).exp()
 
 
-def _evaluate(f: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    """`z` as a leaf, and `f(z)` on the tape."""
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        return z, f(z)
-
-
-class JacobianPenalty:
+class JacobianPenalty(HookContext):
     """Penalises the Jacobian of every equilibrium that a model finds in training while it is open.
 
     ```python
@@ -120,19 +111,14 @@ class JacobianPenalty:
         check_at_least("samples", samples, 1)
         self.model = model
         self.samples = samples
-        self._handles: list[Any] = []
         self._penalties: list[Tensor] = []
 
-    def __enter__(self) -> "JacobianPenalty":
-        layers = [m for m in self.model.modules() if isinstance(m, Equilibrium)]
+    def register(self) -> list[RemovableHandle]:
         # Ahead of other hooks, which may replace the output.
-        self._handles = [m.register_forward_hook(self._record, prepend=True, with_kwargs=True) for m in layers]
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        return [
+            layer.register_forward_hook(Hook(self._record), prepend=True, with_kwargs=True)
+            for layer in equilibria(self.model).values()
+        ]
 
     def _record(self, layer: Equilibrium, args: tuple[Any, ...], kwargs: dict[str, Any], z_star: Tensor) -> None:
         if layer.training and torch.is_grad_enabled():
@@ -140,7 +126,7 @@ class JacobianPenalty:
             self._penalties.append(at_equilibrium(penalty, layer, args, kwargs, z_star))
 
     def mean(self) -> Tensor:
-        """The mean over samples and layers of the forwards since the last call, a scalar on the tape.
+        """The mean over samples and layers of the forwards since the last call, a differentiable scalar.
 
         Raises:
             ValueError: There was no forward in training mode since.
@@ -158,10 +144,9 @@ def at_equilibrium(
     kwargs: dict[str, Any],
     z_star: Tensor,
 ) -> Tensor:
-    """`measure(f, z_star)` for the map f that a forward of `layer` solved, from what its forward hook is given.
+    """Applies `measure(f, z_star)` to the map f that a forward of `layer` solved, from the arguments of a forward hook.
 
-    Dropout masks inside f are drawn anew.
+    Dropout masks inside f are drawn again.
     """
-    x = kwargs.get("x", *args[:1])
-    with layer._weights_once(torch.is_grad_enabled()):
-        return measure(layer._map(x), z_star)
+    with layer.bind(kwargs.get("x", *args[:1])) as f:
+        return measure(f, z_star)

@@ -4,16 +4,18 @@ For repeated views of one input: augmentations, the frames of a video, the steps
 the input, the epochs of full-batch training. The nearer the views, the fewer the evaluations.
 """
 
-from types import TracebackType
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from timm_deq.equilibrium import Equilibrium
+from timm_deq.hooks import Hook, HookContext, equilibria
 from timm_deq.solution import Solution
 
 
-class WarmStart:
+class WarmStart(HookContext):
     """While open, equilibria of a model start from their last ones, and backward solves from their last adjoints.
 
     ```python
@@ -31,26 +33,19 @@ class WarmStart:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._handles: list[Any] = []
         self._last: dict[tuple[Equilibrium, str], Tensor] = {}
 
-    def __enter__(self) -> "WarmStart":
-        for layer in self.model.modules():
-            if isinstance(layer, Equilibrium):
-                self._handles += [
-                    layer.register_forward_pre_hook(self._start, with_kwargs=True),
-                    layer.register_solution_hook(self._keep),
-                ]
-        return self
+    def register(self) -> Iterator[RemovableHandle]:
+        for layer in equilibria(self.model).values():
+            yield layer.register_forward_pre_hook(Hook(self._start), with_kwargs=True)
+            yield layer.register_solution_hook(Hook(self._keep))
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
         self.forget()
 
     def forget(self) -> None:
-        """The next solves start as without: for other images."""
+        """Discards the starts: the next solves, of other images, begin as without."""
         self._last.clear()
 
     def _start(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:

@@ -232,6 +232,19 @@ def test_the_histories_of_a_solver_do_not_wait_for_the_backward_pass():
     assert z.requires_grad and tuple(x.shape) in shapes and (3, 7, 16) not in shapes
 
 
+def test_the_map_of_a_forward_is_public():
+    cell, x = cell_and_input("attention")
+    parametrize.register_parametrization(cell.qkv, "weight", counted := Doubled())
+    layer = Equilibrium(cell, solver=Anderson(1e-10, 100))
+    z_star = layer(x)
+    counted.calls = 0
+    with layer.bind(x) as f:
+        torch.testing.assert_close(f(z_star), z_star)
+        f(z_star).sum().backward()
+    assert counted.calls == 1 and cell.qkv.parametrizations.weight.original.grad.abs().sum() > 0
+    assert not parametrize._cache_enabled
+
+
 def test_a_frozen_model_leaves_no_tape():
     layer = Equilibrium(Affine()).requires_grad_(False)
     assert not layer(torch.ones(1, 2)).requires_grad

@@ -104,7 +104,7 @@ def test_the_host_is_asked_every_check_every_steps(check_every, monkeypatch):
         "timm_deq.solvers.base",
         "timm_deq.solvers.anderson",
     ):  # as if the values were on an accelerator
-        monkeypatch.setattr(sys.modules[module], "asking_is_free", lambda z: False)
+        monkeypatch.setattr(sys.modules[module], "can_read_without_sync", lambda z: False)
 
     class CountQuestions(TorchFunctionMode):
         asked = 0
@@ -152,6 +152,49 @@ def test_zero_is_a_fixed_point():
     assert solution.residual.item() == 0 and solution.steps.item() == 1
 
 
+@pytest.mark.parametrize("slope", [0.5, 0.9])
+@pytest.mark.parametrize("solver", [Picard, Anderson, Broyden])
+def test_a_state_that_tends_to_zero(solver, slope):
+    """Its relative residual is constant: the newest iterate is taken, and an absolute tolerance ends the solve."""
+
+    def f(z):
+        return slope * z
+
+    z0 = torch.ones(2, 3)
+    without = fixed_point(f, z0, Picard(1e-3, 60))
+    torch.testing.assert_close(without.value, z0 * slope**59, rtol=1e-5, atol=0)
+    assert (without.status == Status.MAX_STEPS).all()
+    solution = fixed_point(f, z0, solver(1e-3, 200, atol=1e-6))
+    assert (solution.status == Status.CONVERGED).all() and (solution.steps < 200).all()
+    assert ((f(solution.value) - solution.value).norm(dim=1) <= 1e-6).all()
+
+
+def test_the_absolute_tolerance_stands_beside_the_relative_one():
+    """f(z) = 100, and the residuals at 0, 101, 100.5 are 100, 1 and 0.5; either tolerance ends the solve."""
+
+    def steps(tol, atol):
+        solver = Scripted(tol, 9, atol=atol, points=((101.0, 100.5, 99.9999),))
+        solution = fixed_point(lambda z: torch.full_like(z, 100.0), torch.zeros(1, 1), solver)
+        return solution.steps.item(), solution.status.item()
+
+    assert steps(1e-2, 0.0) == (2, Status.CONVERGED) == steps(1e-9, 1.0)
+    assert steps(1e-9, 0.6) == (3, Status.CONVERGED) == steps(5e-3, 0.2)
+    assert steps(1e-9, 1e-9) == (9, Status.MAX_STEPS)
+
+
+def test_a_call_may_override_tolerance_and_budget():
+    f = Linear()
+    loose, tight = Picard(1e-2, 500), Picard(1e-8, 500)
+    overridden, expected = fixed_point(f, f.z0, loose, tol=1e-8), fixed_point(f, f.z0, tight)
+    assert all(torch.equal(a, b) for a, b in zip(overridden[:5], expected[:5], strict=True))
+    assert fixed_point(f, f.z0, tight, max_steps=3).steps.tolist() == [3] * 4
+    never = fixed_point(lambda z: z / 2 + 1, torch.zeros(1, 1), Picard(0.1, 5), tol=0)
+    assert never.steps.item() == 5 and never.status.item() == Status.MAX_STEPS
+    for override, message in (({"tol": -1}, "tol must be at least 0, got -1"), ({"max_steps": 0}, "max_steps must be")):
+        with pytest.raises(ValueError, match=message):
+            fixed_point(f, f.z0, loose, **override)
+
+
 def test_an_empty_batch():
     for solver in SOLVERS:
         solution = fixed_point(lambda z: z / 2, torch.zeros(0, 3, 2), solver())
@@ -177,13 +220,13 @@ def test_samples_that_have_finished_are_set_aside(solver, settings):
     solver = solver(**{"tol": 1e-6, "max_steps": 60, **settings})
     f = Mixed()
     trace, gathered_trace, sizes = [], [], []
-    expected = fixed_point(f, f.z0, solver, trace=trace)
+    expected = fixed_point(f, f.z0, solver, residual_history=trace)
 
     def restrict(rows):
         sizes.append(len(rows))
         return Mixed(rows)
 
-    solution = fixed_point(f, f.z0, solver, restrict=restrict, trace=gathered_trace)
+    solution = fixed_point(f, f.z0, solver, subset_map=restrict, residual_history=gathered_trace)
     torch.testing.assert_close(solution.value, expected.value, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(solution.residual, expected.residual, rtol=1e-4, atol=0)
     assert torch.equal(solution.steps, expected.steps) and torch.equal(solution.status, expected.status)
@@ -200,13 +243,13 @@ def test_the_evaluations_spent_are_counted():
     def counted(g):
         return lambda z: calls.append(len(z)) or g(z)
 
-    solution = fixed_point(counted(f), f.z0, Picard(1e-6, 60), restrict=lambda rows: counted(Mixed(rows)))
+    solution = fixed_point(counted(f), f.z0, Picard(1e-6, 60), subset_map=lambda rows: counted(Mixed(rows)))
     assert solution.evaluations.sum() == sum(calls) and len(set(calls)) > 2
 
 
 def test_trace_is_the_residual_after_each_evaluation():
     trace = []
-    fixed_point(one, torch.zeros(1, 1), Scripted(0.2, 5, points=((1.5, 0.9, 7.0),)), trace=trace)
+    fixed_point(one, torch.zeros(1, 1), Scripted(0.2, 5, points=((1.5, 0.9, 7.0),)), residual_history=trace)
     torch.testing.assert_close(torch.cat(trace), torch.tensor([1.0, 0.5, 0.1]))  # leaves after the third
 
 
@@ -216,7 +259,7 @@ def test_no_nan_enters_the_trace():
         lambda z: torch.where(z > 5, torch.nan, 1.0),
         torch.zeros(1, 1),
         Scripted(1e-6, 3, points=((7.0,),)),
-        trace=trace,
+        residual_history=trace,
     )
     torch.testing.assert_close(torch.cat(trace), torch.tensor([1.0, 1.0]))
 
@@ -244,8 +287,8 @@ def test_the_iterates_shown_of_a_sample_that_failed_are_its_best(gathered):
         Escaping(),
         torch.zeros(4, 1),
         Picard(1e-3, 9),
-        restrict=restrict if gathered else None,
-        observe=lambda step, z: shown.append(z.clone()),
+        subset_map=restrict if gathered else None,
+        callback=lambda step, z: shown.append(z.clone()),
     )
     assert solution.status.tolist() == [Status.NONFINITE] + [Status.CONVERGED] * 2 + [Status.MAX_STEPS]
     assert (len(sizes) == 2) == gathered  # the second and third are dropped first, then the failed one

@@ -121,7 +121,7 @@ def test_the_spelt_out_solve_equals_the_library_s(monkeypatch):
     matrix, rhs = F @ F.mT, torch.rand(3, 5, generator=rng, dtype=torch.float64)
     expected = torch.linalg.solve(matrix, rhs)
     torch.testing.assert_close(_solve(matrix, rhs, 5), expected)
-    monkeypatch.setattr("timm_deq.solvers.anderson.is_static", lambda z: True)
+    monkeypatch.setattr("timm_deq.solvers.anderson.is_tracing", lambda z: True)
     torch.testing.assert_close(_solve(matrix, rhs, 5), expected)
 
 
@@ -203,11 +203,26 @@ def test_memory_does_not_grow(solver):
     assert len(set(sizes)) == 1
 
 
+@pytest.mark.parametrize("solver", [Anderson(memory=4), Broyden(memory=4)], ids=["anderson", "broyden"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_histories_are_copied_only_for_autograd(solver, requires_grad):
+    """With gradients enabled in both cases: what counts is whether anything requires them."""
+    f = Linear()
+    f.b.requires_grad_(requires_grad)
+    z, state = f.z0, solver.init(f.z0)
+    places = []
+    for _ in range(7):
+        z, state = solver.update(z, f(z), state, ALL)
+        places.append(state[0].data_ptr())
+    assert (len(set(places)) == 1) != requires_grad
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Picard(tol=0), "tol must be above 0, got 0"),
         (lambda: Picard(tol=float("nan")), "tol must be above 0, got nan"),
+        (lambda: Picard(atol=-1), "atol must be at least 0, got -1"),
         (lambda: Anderson(max_steps=0), "max_steps must be at least 1, got 0"),
         (lambda: Anderson(memory=0), "memory must be at least 1, got 0"),
         (lambda: Anderson(ridge=-1), "ridge must be at least 0, got -1"),

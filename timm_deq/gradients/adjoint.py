@@ -1,7 +1,7 @@
-r"""What the gradients share that find the adjoint $u = (I - J^\top)^{-1} g$ of a cotangent $g$, exactly or nearly.
+r"""The common part of the gradients that find the adjoint $u = (I - J^\top)^{-1} g$ of a cotangent $g$.
 
-f is evaluated once at the equilibrium, on the tape; above it stands an identity whose backward pass replaces $g$ by
-$u$, which f's own backward pass then takes to the parameters.
+f is evaluated once at the equilibrium, recorded by autograd. An identity is applied to the result, whose backward pass
+replaces $g$ by $u$; f's own backward pass then takes $u$ to the parameters.
 """
 
 from abc import abstractmethod
@@ -11,26 +11,27 @@ import torch
 from torch import Tensor, fx
 
 from timm_deq.fixed_point import Map
-from timm_deq.gradients.base import Gradient, Report
+from timm_deq.gradients.base import BackwardCallback, Gradient
+from timm_deq.jacobian import TransposedJacobian
 from timm_deq.solution import Solution
 from timm_deq.solvers.base import State
 
 
 class AdjointGradient(Gradient):
-    """A gradient that differs from the others in how it solves the adjoint system alone.
+    """Base of the gradients that differ only in how they solve the adjoint system.
 
     Where f is recorded by `torch.fx`, which knows no autograd, the recorded steps are differentiated instead.
     """
 
     @abstractmethod
     def solve(self, adjoint: Map, g: Tensor, start: Tensor | None, state: State | None) -> Solution | Tensor:
-        """The adjoint u, or the solution that holds it.
+        """Returns the adjoint u, or the solution that holds it.
 
         Args:
-            adjoint: `u -> J^T u + g`, whose fixed point is wanted.
+            adjoint: `u -> J^T u + g`, whose fixed point is u.
             g: The cotangent, `(B, ...)`, in float32 or better, scaled to at most one per sample.
             start: A first guess, in the same scale.
-            state: What the forward solver knew at the end.
+            state: The last state of the forward solver.
         """
 
     def attach(
@@ -40,17 +41,16 @@ class AdjointGradient(Gradient):
         *,
         state: State | None = None,
         start: Tensor | None = None,
-        report: Report | None = None,
+        report: BackwardCallback | None = None,
     ) -> Tensor:
         return z_star if isinstance(z_star, fx.Proxy) else self._attach(f, z_star, state, start, report)
 
     @torch.compiler.disable()  # a nested autograd.grad cannot be compiled: one graph break
     def _attach(
-        self, f: Map, z_star: Tensor, state: State | None, start: Tensor | None, report: Report | None
+        self, f: Map, z_star: Tensor, state: State | None, start: Tensor | None, report: BackwardCallback | None
     ) -> Tensor:
-        z = z_star.detach().requires_grad_()
-        fz = f(z)
-        if not fz.requires_grad:  # a constant f: there is nothing to differentiate
+        transposed = TransposedJacobian.at(f, z_star)
+        if transposed.is_zero:  # a constant f: there is nothing to differentiate
             return z_star
 
         def solve(adjoint: Map, g: Tensor, scale: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class AdjointGradient(Gradient):
                 report(solution._replace(value=u))
             return u
 
-        return _Adjoint.apply(fz, z, z_star, solve)
+        return _Adjoint.apply(transposed.fz, transposed.z, z_star, solve)
 
 
 class _Adjoint(torch.autograd.Function):
@@ -84,6 +84,7 @@ class _Adjoint(torch.autograd.Function):
                 "taken."
             )
         fz, z = ctx.saved_tensors
+        transposed = TransposedJacobian(z, fz)
         (g,) = grads
         # Per sample to unit size, so that no loss scale drives squared norms out of the range of float32.
         g = g.to(torch.promote_types(g.dtype, torch.float32))
@@ -92,7 +93,6 @@ class _Adjoint(torch.autograd.Function):
         g = g / scale
 
         def adjoint(u: Tensor) -> Tensor:
-            (product,) = torch.autograd.grad(fz, z, u.to(fz.dtype), retain_graph=True, materialize_grads=True)
-            return product.to(u.dtype) + g
+            return transposed(u).to(u.dtype) + g
 
         return ctx.solve(adjoint, g, scale).to(fz.dtype), None, None, None

@@ -1,4 +1,4 @@
-"""What a gradient is: a way to make the answer of a solve differentiable."""
+"""The interface of a gradient: a way to make the answer of a solve differentiable."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,29 +11,29 @@ from timm_deq.fixed_point import Map
 from timm_deq.solution import Solution
 from timm_deq.solvers.base import Solver, State
 
-Report = Callable[[Solution], None]
-"""Told the solution of a backward solve, when there is one."""
+BackwardCallback = Callable[[Solution], None]
+"""Called with the solution of a backward solve, where there is one."""
 
 
 class Gradient(ABC):
     """Attaches a derivative to an equilibrium.
 
     Attributes:
-        records_solve: Whether the solve itself must run on the tape.
-        needs: The solver whose state this gradient uses; None if any will do.
+        differentiates_solver: Whether the solve itself must be recorded by autograd.
+        required_solver: The solver whose state this gradient uses; None if any will do.
     """
 
-    records_solve: ClassVar[bool] = False
-    needs: ClassVar[type[Solver] | None] = None
+    differentiates_solver: ClassVar[bool] = False
+    required_solver: ClassVar[type[Solver] | None] = None
 
     def check_solver(self, solver: Solver) -> None:
         """Raises ValueError unless the solver is one that this gradient can follow."""
-        if self.needs is not None and not isinstance(solver, self.needs):
-            name, needed, got = type(self).__name__, self.needs.__name__, type(solver).__name__
+        if self.required_solver is not None and not isinstance(solver, self.required_solver):
+            name, needed, got = type(self).__name__, self.required_solver.__name__, type(solver).__name__
             raise ValueError(f"solver must be {needed} for the gradient {name}, got {got}")
 
     def prepare(self, f: Map, solver: Solver) -> Map:
-        """f as the solve is to evaluate it, and as `attach` will be given it."""
+        """Returns f as the solve is to evaluate it; `attach` receives the result."""
         return f
 
     @abstractmethod
@@ -44,42 +44,42 @@ class Gradient(ABC):
         *,
         state: State | None = None,
         start: Tensor | None = None,
-        report: Report | None = None,
+        report: BackwardCallback | None = None,
     ) -> Tensor:
-        """A tensor with the value of `z_star` that is differentiable in what f depends on.
+        """Returns a tensor with the value of `z_star` that is differentiable in what f depends on.
 
         Args:
-            f: The map, recorded on the tape when called.
-            z_star: The equilibrium, `(B, ...)`; detached, unless `records_solve`.
-            state: What the solver knew at the end, for a gradient that `needs` it.
+            f: The map, recorded by autograd when called.
+            z_star: The equilibrium, `(B, ...)`; detached, unless `differentiates_solver`.
+            state: The solver's last state, for a gradient with a `required_solver`.
             start: Where the backward solve starts, `(B, ...)`, for a gradient that has one.
-            report: Told the solution of the backward solve, when there is one.
+            report: Called with the solution of the backward solve, where there is one.
         """
 
 
-def same_value(z_star: Tensor, tracked: Tensor) -> Tensor:
-    """The value of `z_star` with the derivatives of `tracked`, both `(B, ...)`."""
-    if isinstance(tracked, fx.Proxy):  # fx records no autograd function
-        return tracked
-    return _SameValue.apply(tracked, z_star)
+def with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
+    """Returns `value` with the derivatives of `source`, both `(B, ...)`."""
+    if isinstance(source, fx.Proxy):  # fx records no autograd function
+        return source
+    return _WithGradientOf.apply(source, value)
 
 
-def on_the_tape(f: Map, z_star: Tensor) -> Tensor:
-    """A recorded `z_star`, connected with what f depends on even if no step of f led to it.
+def connect_to_graph(f: Map, z_star: Tensor) -> Tensor:
+    """Connects a recorded `z_star` to what f depends on, even if no step of f led to it.
 
-    Its derivative is then zero, but known: a rank without any would keep the others waiting. A tensor of its own,
-    because hooks that change an output in place, as FSDP's do, may not reach the tape of the solve.
+    Its derivative is then zero, but known: a rank without any would keep the others waiting. The result is a new
+    tensor, because hooks that change an output in place, as FSDP's do, must not reach the recorded solve.
     """
     if isinstance(z_star, fx.Proxy) or z_star.requires_grad:
         return z_star.clone()
-    return same_value(z_star, 0 * f(z_star))
+    return with_gradient_of(z_star, 0 * f(z_star))
 
 
-class _SameValue(torch.autograd.Function):
+class _WithGradientOf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tracked: Tensor, z_star: Tensor) -> Tensor:
-        ctx.dtype = tracked.dtype
-        return z_star.clone()
+    def forward(ctx: Any, source: Tensor, value: Tensor) -> Tensor:
+        ctx.dtype = source.dtype
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -4,8 +4,7 @@ At $z^* = f(z^*, \theta)$ with Jacobian $J = \partial f / \partial z$, a cotange
 
 $$ \frac{\partial \ell}{\partial \theta} = u^\top \frac{\partial f}{\partial \theta}, \qquad u = J^\top u + g, $$
 
-a fixed point again, found by the same loop. f is evaluated once, on the tape; above it stands an identity whose
-backward pass turns $g$ into $u$ by products with $J^\top$ along that one evaluation.
+a fixed point again, found by the same loop with products with $J^\top$ along one recorded evaluation of f.
 """
 
 from dataclasses import dataclass, field

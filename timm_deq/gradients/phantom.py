@@ -1,4 +1,4 @@
-r"""Phantom gradient: a few damped steps on the tape (Geng et al., "On Training Implicit Models", NeurIPS 2021, Eq. 8).
+r"""Phantom gradient: a few recorded, damped steps (Geng et al., "On Training Implicit Models", NeurIPS 2021, Eq. 8).
 
 From the equilibrium $z^*$, held constant, $z_{i+1} = (1 - \tau) z_i + \tau f(z_i)$ is run $k$ times and differentiated:
 
@@ -15,7 +15,7 @@ from dataclasses import KW_ONLY, dataclass
 from torch import Tensor
 
 from timm_deq.fixed_point import Map
-from timm_deq.gradients.base import Gradient, Report, same_value
+from timm_deq.gradients.base import BackwardCallback, Gradient, with_gradient_of
 from timm_deq.solvers.base import State, check_at_least
 
 
@@ -47,9 +47,9 @@ class Phantom(Gradient):
         *,
         state: State | None = None,
         start: Tensor | None = None,
-        report: Report | None = None,
+        report: BackwardCallback | None = None,
     ) -> Tensor:
         z = z_star
         for _ in range(self.steps):
             z = z + self.damping * (f(z) - z)
-        return same_value(z_star, z)
+        return with_gradient_of(z_star, z)

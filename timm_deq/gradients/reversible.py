@@ -6,8 +6,8 @@ with its steps: of each evaluation $f(p_k)$ nothing is kept. In the backward pas
 
 $$ p_{k-1} = (p_{k+1} - \beta f(p_k)) / (1-\beta), $$
 
-and each evaluation is made again, at the iterate found in this way, when its turn comes. The steps between evaluations
-are linear, so the tape keeps no state for them.
+and each evaluation is repeated, at the iterate found in this way, when its turn comes. The steps between evaluations
+are linear, so autograd saves no state for them.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from timm_deq.fixed_point import Map
-from timm_deq.gradients.base import Gradient, Report, on_the_tape
-from timm_deq.solvers.base import Solver, State, is_static, select
+from timm_deq.gradients.base import BackwardCallback, Gradient, connect_to_graph
+from timm_deq.solvers.base import Solver, State, is_tracing, where_rows
 from timm_deq.solvers.reversible import ReversibleIteration, ReversibleState
 
 
@@ -32,8 +32,8 @@ class Reversible(Gradient):
     steps at 0.8 are well within reach; for more, lower the damping. Programs that are recorded store the steps.
     """
 
-    records_solve: ClassVar[bool] = True
-    needs: ClassVar[type[Solver]] = ReversibleIteration
+    differentiates_solver: ClassVar[bool] = True
+    required_solver: ClassVar[type[Solver]] = ReversibleIteration
 
     def prepare(self, f: Map, solver: Solver) -> Map:
         assert isinstance(solver, ReversibleIteration)
@@ -46,15 +46,15 @@ class Reversible(Gradient):
         *,
         state: State | None = None,
         start: Tensor | None = None,
-        report: Report | None = None,
+        report: BackwardCallback | None = None,
     ) -> Tensor:
         assert isinstance(f, _ReversedMap) and isinstance(state, ReversibleState)
         f.end = ReversibleState(*(t.detach() for t in state))
-        return on_the_tape(f.f, z_star)
+        return connect_to_graph(f.f, z_star)
 
 
 class _ReversedMap:
-    """f, whose evaluations are made anew in the backward pass, last first, at iterates found by going back."""
+    """f, which is evaluated again in the backward pass, last iterate first, at iterates found by going back."""
 
     def __init__(self, f: Map, damping: float) -> None:
         self.f, self.damping = f, damping
@@ -62,11 +62,11 @@ class _ReversedMap:
         self.calls = 0
         self.start = torch.empty(0)
         self.end: ReversibleState | None = None  # where each sample's iteration ended; known when the solve is over
-        self.number = -1  # of the iterate that stands below, `(B, D)`, beside the one after it
+        self.number = -1  # of the present iterate below, `(B, D)`, stored with the one after it
         self.present = self.following = torch.empty(0)
 
     def __call__(self, z: Tensor) -> Tensor:
-        if is_static(z):
+        if is_tracing(z):
             return self.f(z)
         number, tracked = self.calls, z.requires_grad
         self.calls = number + 1
@@ -83,11 +83,11 @@ class _ReversedMap:
         return fz
 
     def _again(self, number: int, tracked: bool) -> Tensor:
-        """The evaluation of a given number; afterwards the iterate before it stands ready."""
+        """Repeats the evaluation of a given number; afterwards `present` is the iterate before it."""
         assert self.end is not None
         if self.number < number:  # a backward pass begins; the last evaluation of a solve led to no iterate
             self.number = self.calls - 2
-            self.present = select(self.end.index == self.calls - 1, self.end.previous, self.end.last)
+            self.present = where_rows(self.end.index == self.calls - 1, self.end.previous, self.end.last)
             self.following = self.end.last
         while self.number > number:  # these led to no iterate that was any sample's best
             with torch.no_grad():
@@ -108,5 +108,5 @@ class _ReversedMap:
         assert self.end is not None
         before = (self.following - self.damping * fz.flatten(1).to(self.following.dtype)) / (1 - self.damping)
         self.number -= 1
-        before = select(self.end.index == self.number + 1, self.end.previous, before)
-        self.following, self.present = self.present, select(self.end.index <= self.number, self.end.last, before)
+        before = where_rows(self.end.index == self.number + 1, self.end.previous, before)
+        self.following, self.present = self.present, where_rows(self.end.index <= self.number, self.end.last, before)

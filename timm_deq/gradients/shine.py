@@ -18,7 +18,7 @@ from torch import Tensor
 from timm_deq.fixed_point import Map, fixed_point
 from timm_deq.gradients.adjoint import AdjointGradient
 from timm_deq.solution import Solution
-from timm_deq.solvers.base import Solver, State, check_at_least, select
+from timm_deq.solvers.base import Solver, State, check_at_least, where_rows
 from timm_deq.solvers.broyden import Broyden, BroydenState, apply_inverse
 
 
@@ -34,7 +34,7 @@ class Shine(AdjointGradient):
         ValueError: A setting out of its range.
     """
 
-    needs: ClassVar[type[Solver]] = Broyden
+    required_solver: ClassVar[type[Solver]] = Broyden
 
     refine: int = 0
 
@@ -48,16 +48,13 @@ class Shine(AdjointGradient):
         if start is None:
             flat = g.flatten(1)
             u = -apply_inverse(flat, us, vs)
-            start = select(torch.linalg.vector_norm(u, dim=1).isfinite(), u, flat).reshape(g.shape)
+            start = where_rows(torch.linalg.vector_norm(u, dim=1).isfinite(), u, flat).reshape(g.shape)
         if self.refine == 0:
             return start
         # A copy, for Broyden's method writes in place and the backward pass may be asked for again.
         seed = state._replace(us=us.clone(), vs=vs.clone(), step=max(state.step, 1))
-        return fixed_point(adjoint, start, _Refinement(_NEVER, self.refine + 1, memory=us.shape[1], seed=seed))
-
-
-_NEVER = 1e-30
-"""A tolerance out of reach: the number of steps is what was asked for."""
+        solver = _Refinement(memory=us.shape[1], seed=seed)
+        return fixed_point(adjoint, start, solver, tol=0, max_steps=self.refine + 1)
 
 
 @dataclass(frozen=True)

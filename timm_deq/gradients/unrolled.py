@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from timm_deq.fixed_point import Map
-from timm_deq.gradients.base import Gradient, Report, on_the_tape
+from timm_deq.gradients.base import BackwardCallback, Gradient, connect_to_graph
 from timm_deq.solvers.base import State
 
 
@@ -18,7 +18,7 @@ from timm_deq.solvers.base import State
 class Unrolled(Gradient):
     """Differentiates through every update of the solver."""
 
-    records_solve: ClassVar[bool] = True
+    differentiates_solver: ClassVar[bool] = True
 
     def attach(
         self,
@@ -27,6 +27,6 @@ class Unrolled(Gradient):
         *,
         state: State | None = None,
         start: Tensor | None = None,
-        report: Report | None = None,
+        report: BackwardCallback | None = None,
     ) -> Tensor:
-        return on_the_tape(f, z_star)
+        return connect_to_graph(f, z_star)

@@ -1,4 +1,4 @@
-"""What all families share: from the flat, JSON-able keywords of a timm model to solvers, gradients and norms.
+"""Parts common to all families: from the flat, JSON-able keywords of a timm model to solvers, gradients and norms.
 
 Flat, because `timm` stores a model's keywords in `config.json`: what builds an equilibrium survives the Hub.
 """
@@ -13,6 +13,7 @@ from torch import nn
 
 from timm_deq.equilibrium import Equilibrium
 from timm_deq.gradients import Gradient, Implicit, Neumann, Phantom, Reversible, Shine, Unrolled
+from timm_deq.hooks import equilibria
 from timm_deq.solvers import Anderson, Broyden, Picard, ReversibleIteration, Solver
 from timm_deq.solvers.base import check_at_least
 
@@ -30,7 +31,7 @@ GRADIENTS: dict[str, type[Gradient]] = {
     "reversible": Reversible,
     "unrolled": Unrolled,
 }
-# What the keywords of a gradient begin with, for those that have any.
+# Prefixes of the keywords of a gradient, for those that have any.
 PREFIXES = {"implicit": "backward_", "phantom": "phantom_", "neumann": "neumann_", "shine": "shine_"}
 
 # A traced model keeps its equilibria whole, with their early exit and their gradient.
@@ -78,6 +79,7 @@ def create_equilibrium_args(
     solver: str = "anderson",
     tol: float = 1e-3,
     max_steps: int = 20,
+    atol: float | None = None,
     memory: int | None = None,
     ridge: float | None = None,
     mixing: float | None = None,
@@ -96,17 +98,18 @@ def create_equilibrium_args(
 ) -> dict[str, Any]:
     """The keywords that every DEQ model takes, as arguments of its :class:`Equilibrium`.
 
-    None stands for the default of the solver or gradient chosen.
+    None means the default of the chosen solver or gradient.
 
     Args:
         solver: "anderson", "broyden", "picard" or "reversible".
         tol: Relative residual at which a sample has converged.
         max_steps: Most evaluations of the cell.
+        atol: Absolute residual at which a sample has converged too.
         memory: Iterates that "anderson", or rank-one terms that "broyden" keeps; for "shine" all, if not given.
         ridge: Regularisation of "anderson".
         mixing: Step of "anderson" along the mixed residual.
         damping: Step of "picard" along the residual, weight of the cell in "reversible".
-        check_every: Evaluations between two questions to the device whether all samples have finished.
+        check_every: Evaluations of the cell between convergence checks.
         while_loop: Whether exported and compiled programs keep the early exit, as a loop.
         min_steps: Least budget of a solve in training, if it is to be random.
         gather: Whether evaluation goes on with the unfinished samples alone.
@@ -127,6 +130,7 @@ def create_equilibrium_args(
         solver,
         tol=tol,
         max_steps=max_steps,
+        atol=atol,
         memory=memory,
         ridge=ridge,
         mixing=mixing,
@@ -155,7 +159,7 @@ def create_out_norm(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """What normalises the features before pooling: "none", "group" (GroupNorm) or "batch_relu" (BatchNorm, ReLU).
+    """Creates the norm before pooling: "none", "group" (GroupNorm) or "batch_relu" (BatchNorm, ReLU).
 
     Raises:
         ValueError: Any other `out_norm`.
@@ -185,7 +189,7 @@ def set_solver(model: nn.Module, solver: str | None = None, **settings: Any) -> 
         ValueError: The model has no equilibrium, a setting is unknown or out of its range, or the new solver does not
             serve the gradient.
     """
-    layers = [m for m in model.modules() if isinstance(m, Equilibrium)]
+    layers = list(equilibria(model).values())
     if not layers:
         raise ValueError(f"model must have an Equilibrium layer, got {type(model).__name__} without one")
     given = {key: value for key, value in settings.items() if value is not None}

@@ -1,6 +1,6 @@
-"""What a solver is: an update rule, told `f(z)`, that says where to evaluate f next.
+"""The interface of a solver: an update rule that receives `f(z)` and proposes where to evaluate f next.
 
-A solver never calls f, measures nothing and decides nothing about stopping; `fixed_point` does. So a solver is a few
+A solver never calls f, measures no residual and does not decide when to stop; `fixed_point` does. So a solver is a few
 lines of algebra on flat states `(B, D)`, one system per row, and rows never mix.
 """
 
@@ -27,10 +27,12 @@ class Solver(ABC):
 
     Args:
         tol: Relative residual `||f(z) - z|| / ||f(z)||` at which a sample has converged, above 0.
-        max_steps: Most evaluations of f, at least 1.
-        check_every: Evaluations between two questions to the device whether every sample has finished, at least 1. An
-            answer costs an accelerator a synchronisation; a late one costs evaluations whose results are thrown away.
-            None asks after each evaluation on a CPU and after every fourth elsewhere. The numbers do not depend on it.
+        max_steps: Maximum number of evaluations of f, at least 1.
+        atol: Absolute residual `||f(z) - z||` at which a sample has converged too, at least 0. A state that tends to
+            zero has no small relative residual, and needs it.
+        check_every: Evaluations of f between convergence checks, at least 1; each check synchronises host and device,
+            a late one costs evaluations whose results are discarded. None checks after every evaluation on a CPU and
+            after every fourth elsewhere. The numbers do not depend on it.
         while_loop: Whether `torch.export` and `torch.compile` record the loop itself, `torch.while_loop`, with its
             early exit, rather than all `max_steps` steps.
 
@@ -46,11 +48,13 @@ class Solver(ABC):
     tol: float = 1e-3
     max_steps: int = 20
     _: KW_ONLY
+    atol: float = 0.0
     check_every: int | None = None
     while_loop: bool = False
 
     def __post_init__(self) -> None:
         check_at_least("tol", self.tol, 0, strictly=True)
+        check_at_least("atol", self.atol, 0)
         check_at_least("max_steps", self.max_steps, 1)
         if self.check_every is not None:
             check_at_least("check_every", self.check_every, 1)
@@ -71,22 +75,33 @@ class Solver(ABC):
         Args:
             z: The present iterate, `(B, D)`.
             fz: `f(z)`, `(B, D)`.
-            state: What the last update, or `init`, left.
-            active: Which samples have not finished, `(B,)`. The iterates of the others are ignored; what their states
-                tell a gradient must not change, or it would depend on how long their batch mates take.
+            state: The result of the last update, or of `init`.
+            active: Which samples have not finished, `(B,)`. The iterates of the others are ignored; what a gradient
+                reads from their states must not change, or it would depend on how long their batch mates take.
         """
 
 
-def forget(history: Tensor, rows: Tensor) -> Tensor:
-    """`history` `(B, m, D)` with zeros in the given rows `(B,)`: in place where nobody could notice."""
-    if isinstance(history, fx.Proxy) or torch.is_grad_enabled():
+def zero_rows(history: Tensor, rows: Tensor) -> Tensor:
+    """Returns `history` `(B, m, D)` with zeros in the given rows `(B,)`: in place where autograd does not need it."""
+    if is_differentiated(history):
         return torch.where(rows[:, None, None], 0.0, history)
     return history.masked_fill_(rows[:, None, None], 0.0)
 
 
-def select(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The given rows `(B,)` of `a`, the others of `b`, both `(B, D)`."""
-    if asking_is_free(rows):  # most often all rows agree, and then nothing need be copied
+def set_slot(history: Tensor, slot: int, row: Tensor) -> Tensor:
+    """Returns `history` `(B, m, D)` with `row` `(B, D)` at `slot`: in place where autograd does not need it.
+
+    Autograd may have saved the old history, and `fx` records no assignment; there it is copied.
+    """
+    if is_differentiated(history, row):
+        return torch.cat([history[:, :slot], row.unsqueeze(1), history[:, slot + 1 :]], dim=1)
+    history[:, slot] = row
+    return history
+
+
+def where_rows(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Returns the given rows `(B,)` of `a`, the others of `b`, both `(B, D)`."""
+    if can_read_without_sync(rows):  # most often all rows agree, and then nothing need be copied
         if bool(rows.all()):
             return a
         if not bool(rows.any()):
@@ -94,13 +109,20 @@ def select(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(rows.unsqueeze(1), a, b)
 
 
-def asking_is_free(z: Tensor) -> bool:
-    """Whether a value can be looked at without waiting for a device."""
-    return not is_static(z) and z.device.type == "cpu"
+def is_differentiated(*tensors: Tensor) -> bool:
+    """Whether autograd records operations on any of the tensors, or a recorded program may have to."""
+    if isinstance(tensors[0], fx.Proxy):
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def is_static(z: Tensor) -> bool:
-    """Whether the program is being recorded, or runs on shapes alone, so that no value may be asked for."""
+def can_read_without_sync(z: Tensor) -> bool:
+    """Whether reading a value does not wait for a device."""
+    return not is_tracing(z) and z.device.type == "cpu"
+
+
+def is_tracing(z: Tensor) -> bool:
+    """Whether the program is being recorded, or runs on shapes alone, so that no value may be read."""
     return (
         isinstance(z, fx.Proxy)
         or torch.compiler.is_compiling()  # torch.compile and torch.export
@@ -109,17 +131,6 @@ def is_static(z: Tensor) -> bool:
     )
 
 
-def autocasts(z: Tensor) -> bool:
-    """Whether matrix products with `z` would be run in lower precision."""
+def autocast_enabled(z: Tensor) -> bool:
+    """Whether matrix products with `z` would run in lower precision."""
     return not isinstance(z, fx.Proxy) and not z.is_meta and torch.is_autocast_enabled(z.device.type)
-
-
-def write(history: Tensor, slot: int, row: Tensor) -> Tensor:
-    """`history` `(B, m, D)` with `row` `(B, D)` at `slot`: in place where nobody could notice.
-
-    Autograd may have saved the old history, and `fx` records no assignment; there it is copied.
-    """
-    if isinstance(history, fx.Proxy) or torch.is_grad_enabled():
-        return torch.cat([history[:, :slot], row.unsqueeze(1), history[:, slot + 1 :]], dim=1)
-    history[:, slot] = row
-    return history

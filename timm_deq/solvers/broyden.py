@@ -6,7 +6,7 @@ $$ B_k = -I + \sum_i u_i v_i^\top, \qquad
    v^\top = \Delta z^\top B_{k}, \quad u = \frac{\Delta z - B_{k} \Delta g}{v^\top \Delta g}
    \qquad\text{(Sherman-Morrison on the secant condition } B_{k+1} \Delta g = \Delta z\text{)}. $$
 
-The first step is thus a Picard step. When the memory is full, all pairs are forgotten: a window that drops the oldest
+The first step is thus a Picard step. When the memory is full, all pairs are discarded: a window that drops the oldest
 one leaves secant conditions unmet, and diverges on maps where the restarted method converges. Of the three products
 with $B$ that the formulas name, two are computed: $B_k \Delta g$ follows from $B_k g_k$, found one step ago.
 """
@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from timm_deq.solvers.base import Solver, check_at_least, forget, select, write
+from timm_deq.solvers.base import Solver, check_at_least, set_slot, where_rows, zero_rows
 
 
 class BroydenState(NamedTuple):
-    """What Broyden's method knows after an update.
+    """The state of Broyden's method after an update.
 
     Attributes:
         us: The left factors of the pairs, `(B, memory, D)`; zero in a slot not filled since the
@@ -48,6 +48,7 @@ class Broyden(Solver):
     Args:
         tol: See :class:`Solver`.
         max_steps: See :class:`Solver`.
+        atol: See :class:`Solver`.
         memory: Rank-one terms collected before a restart, at least 1. Costs 2 states of memory each.
         check_every: See :class:`Solver`.
         while_loop: See :class:`Solver`.
@@ -75,7 +76,7 @@ class Broyden(Solver):
             return fz, BroydenState(us, vs, z, g, -g, 1)
         slot = (step - 1) % self.memory
         if slot == 0 and step > 1:
-            us, bg_last = forget(us, active), select(active, -g_last, bg_last)
+            us, bg_last = zero_rows(us, active), where_rows(active, -g_last, bg_last)
         dz, dg = z - z_last, g - g_last
         v = apply_inverse(dz, vs[:, :slot], us[:, :slot])  # transposed: the roles of u and v change places
         bg = apply_inverse(g, us[:, :slot], vs[:, :slot])
@@ -85,12 +86,12 @@ class Broyden(Solver):
         lengths = torch.linalg.vector_norm(v, dim=1) * torch.linalg.vector_norm(dg, dim=1)
         usable = active & (denominator.abs() > eps * lengths)
         u = (dz - bg + bg_last) / torch.where(usable, denominator, 1.0).unsqueeze(1)
-        u, v = select(usable, u, us[:, slot]), select(usable, v, vs[:, slot])
-        us, vs = write(us, slot, u), write(vs, slot, v)
+        u, v = where_rows(usable, u, us[:, slot]), where_rows(usable, v, vs[:, slot])
+        us, vs = set_slot(us, slot, u), set_slot(vs, slot, v)
         bg = bg + u * (v * g).sum(dim=1, keepdim=True)
         z_next = z - bg
         finite = torch.linalg.vector_norm(z_next, dim=1).isfinite()
-        return select(finite, z_next, fz), BroydenState(us, vs, z, g, bg, step + 1)
+        return where_rows(finite, z_next, fz), BroydenState(us, vs, z, g, bg, step + 1)
 
 
 def apply_inverse(x: Tensor, us: Tensor, vs: Tensor) -> Tensor:

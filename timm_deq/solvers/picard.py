@@ -18,6 +18,7 @@ class Picard(Solver):
     Args:
         tol: See :class:`Solver`.
         max_steps: See :class:`Solver`.
+        atol: See :class:`Solver`.
         damping: The step $\beta$ taken along the residual, in (0, 2).
         check_every: See :class:`Solver`.
         while_loop: See :class:`Solver`.

@@ -16,11 +16,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from timm_deq.solvers.base import Solver, select
+from timm_deq.solvers.base import Solver, where_rows
 
 
 class ReversibleState(NamedTuple):
-    """What the reversible iteration knows after an update.
+    """The state of the reversible iteration after an update.
 
     Attributes:
         previous: The iterate before the last one, $p_{k-1}$, `(B, D)`.
@@ -42,6 +42,7 @@ class ReversibleIteration(Solver):
     Args:
         tol: See :class:`Solver`.
         max_steps: See :class:`Solver`.
+        atol: See :class:`Solver`.
         damping: The weight $\beta$ of f, in (0, 1). Reversing a step multiplies rounding by $1 / (1 - \beta)$.
         check_every: See :class:`Solver`.
         while_loop: See :class:`Solver`.
@@ -62,5 +63,5 @@ class ReversibleIteration(Solver):
 
     def update(self, z: Tensor, fz: Tensor, state: ReversibleState, active: Tensor) -> tuple[Tensor, ReversibleState]:
         z_next = (1 - self.damping) * state.previous + self.damping * fz
-        previous, last = select(active, z, state.previous), select(active, z_next, state.last)
+        previous, last = where_rows(active, z, state.previous), where_rows(active, z_next, state.last)
         return z_next, ReversibleState(previous, last, state.index + active)
