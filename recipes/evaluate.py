@@ -28,7 +28,8 @@ from matplotlib.figure import Figure
 from timm.data.model_config import resolve_input_data_config
 
 from recipes.errors import check
-from recipes.images.sources import ImageSplit, ImageView, eval_loader, eval_transform, load_splits, open_dataset
+from recipes.images.sources import ImageSplit, load_splits, open_dataset
+from recipes.images.views import ImageView, eval_loader, eval_transform
 from recipes.imbalance.classifiers import tau_normalise
 from recipes.imbalance.priors import adjust_logits
 from recipes.results.accuracy import accuracies, evaluate, recalls

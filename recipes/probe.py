@@ -33,7 +33,8 @@ from torch.utils.data import DataLoader
 from nc_probe import CONVENTIONS, CollapseReport, NCProbe
 from nc_probe.plots import plot_angles, plot_depth, plot_grams, plot_iterates
 from recipes.evaluate import Parser, open_model, open_split, settings
-from recipes.images.sources import ImageSplit, ImageView, eval_loader, eval_transform
+from recipes.images.sources import ImageSplit
+from recipes.images.views import ImageView, eval_loader, eval_transform
 from recipes.imbalance.profiles import Groups, two_group
 from recipes.results.accuracy import sum_over_ranks
 from recipes.results.figures import sample_evenly, tsne_figure

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 import timm_deq  # noqa: F401  registers the models
 from nc_probe import CollapseReport, NCProbe
 from recipes.benchmarks.tables import Row, compared, in_turn, milliseconds
-from recipes.images.sources import eval_transform, load_splits, open_dataset
+from recipes.images.sources import load_splits, open_dataset
+from recipes.images.views import eval_transform
 from recipes.settings.config import TrainConfig
 from recipes.training.checkpoint import create_model
 from recipes.training.manifest import choose_images

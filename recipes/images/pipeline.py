@@ -13,12 +13,13 @@ from torch import Tensor
 
 from recipes.images.augment import Augmentation
 from recipes.images.resident import ResidentImages, ResidentLoader, decode
-from recipes.images.sources import (
-    ImageSplit,
+from recipes.images.sources import CorruptImageError, ImageSplit
+from recipes.images.views import (
     ImageView,
     eval_batches,
     eval_loader,
     eval_transform,
+    find_corrupt,
     image_mode,
     train_loader,
     train_transform,
@@ -57,8 +58,12 @@ class Pipeline:
         """One line for the log: the way taken, and why."""
         return f"{'resident' if self.resident else 'workers'}: {self.why}"
 
-    def load(self, split: ImageSplit, indices: Any) -> "ImageSet":
+    def load(self, split: ImageSplit, indices: Any, *, check: bool = True, rank: int = 0, world: int = 1) -> "ImageSet":
         """Some rows of a split, (N,), decoded now if they are to be resident.
+
+        Args:
+            check: whether images that workers will decode are decoded once now, so that none can end a training.
+            rank, world: of the processes that call this, which share that work.
 
         Raises:
             CorruptImageError: an image cannot be decoded.
@@ -68,6 +73,10 @@ class Pipeline:
         images = None
         if self.resident:
             images = decode(split, indices, self.data_config, device=self.device, workers=self.workers)
+        elif check:
+            corrupt = find_corrupt(split, indices, workers=self.workers, rank=rank, world=world)
+            for message in corrupt.values():
+                raise CorruptImageError(message)
         return ImageSet(self, split, indices, images)
 
 

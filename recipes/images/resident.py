@@ -15,7 +15,8 @@ from timm.data import create_transform
 from torch import Tensor
 
 from recipes.images.augment import Augmentation, crop_and_flip, erase
-from recipes.images.sources import ImageSplit, ImageView, eval_loader
+from recipes.images.sources import ImageSplit
+from recipes.images.views import ImageView, eval_loader
 
 _AT_ONCE = 1 << 20  # bytes that a worker hands over at a time: shared memory may be scarce
 

@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 from recipes.images.augment import Augmentation
 from recipes.images.pipeline import choose_pipeline
 from recipes.images.resident import ResidentLoader, decode
-from recipes.images.sources import CorruptImageError, ImageSplit, ImageView, eval_loader, eval_transform
+from recipes.images.sources import CorruptImageError, ImageSplit
+from recipes.images.views import ImageView, eval_loader, eval_transform
 from recipes.imbalance.sampling import EpochSampler
 
 CONFIG = dict(input_size=(3, 12, 10), mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3), interpolation="bicubic", crop_pct=0.9)

@@ -1,0 +1,308 @@
+"""Folders of images, and of files that hold images, as splits of rows.
+
+A folder is split by its first level, whose names are those of `SPLIT_NAMES`, and by nothing else: a class may be called
+`train` or `test-tube`. Files that hold many images (parquet and the like) are split by their folder, or by their own
+name where it is that of a split, alone or with the number of a shard.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+from PIL import Image
+from pyarrow import csv, json, parquet
+
+from recipes.images.columns import FOLDER_COLUMN
+from recipes.images.labels import column_values, shorten
+
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""The first level of a folder, in lower case, and the split that it is."""
+
+_METADATA: dict[str, Callable[[str], pa.Table]] = {
+    "metadata.csv": csv.read_csv,
+    "metadata.jsonl": json.read_json,
+    "metadata.parquet": parquet.read_table,
+}
+
+# Files that hold many images or name them, by extension: the reader of `datasets`, its arguments, and whether they can
+# hold the images themselves.
+_READERS: dict[str, tuple[str, dict[str, str], bool]] = {
+    ".parquet": ("parquet", {}, True),
+    ".arrow": ("arrow", {}, True),
+    ".tar": ("webdataset", {}, True),
+    ".zip": ("imagefolder", {}, True),
+    ".csv": ("csv", {}, False),
+    ".tsv": ("csv", {"sep": "\t"}, False),
+    ".jsonl": ("json", {}, False),
+    ".json": ("json", {}, False),
+}
+
+_SHARD = re.compile(r"(?P<name>.+?)-\d{5}-of-\d{5}")
+_NUMBERED = re.compile(r"(?P<name>[a-z]+)[-_.]?\d*", re.IGNORECASE)
+_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_NAMES)})(?![a-z])", re.IGNORECASE)
+
+
+class LayoutError(ValueError):
+    """A folder that holds no images, or may be read in two ways."""
+
+
+def open_folder(folder: Path) -> dict[str, datasets.Dataset]:
+    """The splits of a folder of images by class or beside a metadata file, or of files that hold images.
+
+    Raises:
+        LayoutError: no images, or two ways to read them.
+    """
+    files = list_files(folder)
+    pictures = [file for file in files if is_picture(file)]
+    metadata = [file for file in files if file.rsplit("/", 1)[-1] in _METADATA]
+    tables = [file for file in files if Path(file).suffix.lower() in _READERS and file not in metadata]
+    tables = [file for file in tables if not file.endswith(("dataset_info.json", "dataset_infos.json"))]
+    naming = [file for file in tables if _holds_images(file) or _names_pictures(folder / file)]
+    splits = _open_pictures(folder, pictures, metadata, others=bool(naming)) if pictures else {}
+    labelled = any(len(rows.column_names) > 1 for rows in splits.values())
+    if labelled and naming:
+        raise LayoutError(
+            f"folder {str(folder)!r} has images with labels and {shorten(naming, 3)}; allowed: one of them, the other "
+            "moved out of it"
+        )
+    if naming or (tables and not splits):
+        return _open_tables(folder, naming or tables)
+    if not splits:
+        raise LayoutError(f"folder {str(folder)!r} has no images; allowed: images by class, or files that hold some")
+    return splits
+
+
+def list_files(folder: Path) -> list[str]:
+    """Paths of all files below a folder, sorted, but for hidden ones; links are followed, circles are not."""
+    found, visited = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        inner = os.path.relpath(root, folder).replace(os.sep, "/")
+        if (identity := os.path.realpath(root)) in visited:
+            folders.clear()
+            continue
+        visited.add(identity)
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        prefix = "" if inner == "." else f"{inner}/"
+        found += [prefix + name for name in names if not name.startswith((".", "__"))]
+    return sorted(found)
+
+
+def is_picture(path: str) -> bool:
+    """Whether the name of a file is that of an image that Pillow may open."""
+    Image.init()
+    format = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
+    return format in Image.OPEN and format not in ("HDF5", "BUFR", "GRIB")  # which no decoder is there for
+
+
+def with_pictures(rows: datasets.Dataset, bases: Iterable[Path]) -> datasets.Dataset:
+    """Columns of paths of images become columns of images.
+
+    Args:
+        bases: folders that relative paths may start from; the first in which the first image lies is taken.
+    """
+    for name, feature in rows.features.items():
+        if not (isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")):
+            continue
+        first = next((path for path in (rows[i][name] for i in range(min(len(rows), 5))) if path), "")
+        if not is_picture(first):
+            continue
+        base = next((base for base in bases if (base / first).exists()), None)
+        if base is None:
+            continue
+        paths = [path and str(base / path) for path in column_values(rows, name).to_pylist()]
+        rows = rows.add_column(f"{name} in full", paths).remove_columns(name).rename_column(f"{name} in full", name)  # type: ignore
+        rows = rows.cast_column(name, datasets.Image())
+    return rows
+
+
+def _holds_images(file: str) -> bool:
+    return _READERS[Path(file).suffix.lower()][2]
+
+
+def _names_pictures(path: Path) -> bool:
+    """Whether the beginning of a text has the path of an image."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return any(map(is_picture, re.split(r"[,;\t\n\"']", file.read(1 << 16))))
+    except OSError:
+        return False
+
+
+def _by_first_level(folder: Path, files: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """Files of each split, as (path, path within the split).
+
+    Raises:
+        LayoutError: a first level that has splits as well as other folders.
+    """
+    start = 0
+    while True:  # a folder that holds nothing but one other folder is not a level
+        first = {file[start:].partition("/")[0] for file in files}
+        if len(first) > 1 or min(file[start:].count("/") for file in files) < 2 or first.pop().lower() in SPLIT_NAMES:
+            break
+        start = files[0].index("/", start) + 1
+    inner = {file: file[start:].partition("/") for file in files}
+    levels = {head for head, slash, _ in inner.values() if slash}
+    named = sorted((x for x in levels if x.lower() in SPLIT_NAMES), key=lambda x: [*SPLIT_NAMES].index(x.lower()))
+    deep = any("/" in rest for head, _, rest in inner.values() if head in named)
+    if not named or (len(named) < len(levels) and not deep):  # classes, one of which may be called `train`
+        return {"train": [(file, file[start:]) for file in files]}
+    if len(named) < len(levels):
+        others = sorted(levels - set(named))
+        raise LayoutError(
+            f"folder {str(folder)!r} has splits {shorten(named)} beside {shorten(others)}; allowed: nothing but splits "
+            "(train, validation, test) or nothing but classes in its first level"
+        )
+    splits: dict[str, list[tuple[str, str]]] = {}
+    for name in named:
+        split = SPLIT_NAMES[name.lower()]
+        if split in splits:
+            raise LayoutError(
+                f"folder {str(folder)!r} has two folders of split {split!r}: {shorten(named)}; allowed: one"
+            )
+        splits[split] = [(file, rest) for file, (head, slash, rest) in inner.items() if slash and head == name]
+    return splits
+
+
+def _open_pictures(
+    folder: Path, pictures: list[str], metadata: list[str], *, others: bool
+) -> dict[str, datasets.Dataset]:
+    """Splits of images by class, or beside metadata files; `others` says that other files may have their labels.
+
+    Raises:
+        LayoutError: folders that are no classes, and no metadata.
+    """
+    splits = _by_first_level(folder, pictures)
+    folders = {split: [inner.rpartition("/")[0] for _, inner in files] for split, files in splits.items()}
+    names = sorted({path.rsplit("/", 1)[-1] for paths in folders.values() for path in paths if path})
+    sorts = bool(names) and not ((metadata or others) and len(names) == 1)
+    for split, paths in folders.items():
+        parents = {path.rsplit("/", 1)[-1]: path for path in paths}
+        twice = [path for path in paths if parents[path.rsplit("/", 1)[-1]] != path]
+        if metadata and twice:
+            sorts = False
+        elif sorts and twice:
+            name = twice[0].rsplit("/", 1)[-1]
+            raise LayoutError(
+                f"folder {str(folder)!r} has images in {twice[0]!r} and {parents[name]!r}; allowed: one folder for "
+                f"each class, {name!r} being in two"
+            )
+        if sorts and not metadata and any(paths) and not all(paths):
+            loose = splits[split][paths.index("")][0]
+            raise LayoutError(f"image {str(folder / loose)!r} lies in no class folder; allowed: every image in one")
+    notes = _read_metadata(folder, metadata)
+    opened = {}
+    for split, files in splits.items():
+        paths = [str(folder / file) for file, _ in files]
+        rows = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+        labels = [path.rsplit("/", 1)[-1] or None for path in folders[split]] if sorts else None
+        opened[split] = _with_labels(rows, paths, labels, names, notes)
+    return opened
+
+
+def _with_labels(
+    rows: datasets.Dataset,
+    paths: Sequence[str],
+    labels: Sequence[str | None] | None,
+    names: list[str],
+    notes: tuple[pa.Table, dict[str, int]] | None,
+) -> datasets.Dataset:
+    """Add the columns of the metadata, and the label by folder unless the metadata have the same."""
+    taken = None
+    if notes is not None:
+        table, row_of = notes
+        table = table.take(pa.array([row_of.get(path) for path in paths], type=pa.int64()))
+        for name in table.column_names:
+            if name != "image":
+                rows = rows.add_column(name, table[name].to_pylist(), feature=_feature(table, name))  # type: ignore
+                taken = table[name] if name == "label" else taken
+    if labels is None or (taken is not None and list(map(str, taken.to_pylist())) == labels):
+        return rows
+    number: dict[str | None, int] = {name: k for k, name in enumerate(names)}
+    numbers = [number.get(label) for label in labels]
+    column = "label" if taken is None else FOLDER_COLUMN
+    return rows.add_column(column, numbers).cast_column(column, datasets.ClassLabel(names=names))  # type: ignore
+
+
+def _feature(table: pa.Table, name: str) -> datasets.Value:
+    return datasets.Features.from_arrow_schema(pa.schema([table.schema.field(name)]))[name]
+
+
+def _read_metadata(folder: Path, files: Sequence[str]) -> tuple[pa.Table, dict[str, int]] | None:
+    """What metadata files say, and in which row they say it of the image at a path.
+
+    Raises:
+        LayoutError: they cannot be read, or name no images.
+    """
+    tables, paths = [], []
+    for file in files:
+        where = folder / file
+        try:
+            table = _METADATA[where.name](str(where))
+        except (OSError, pa.ArrowException) as error:
+            raise LayoutError(f"{str(where)!r} cannot be read: {error}; allowed: a table of images") from error
+        if "file_name" not in table.column_names:
+            raise LayoutError(f"{str(where)!r} has columns {shorten(table.column_names)}; allowed: one is file_name")
+        paths += [str(where.parent / str(name)) for name in table["file_name"].to_pylist()]
+        tables.append(table.drop_columns("file_name"))
+    if not tables:
+        return None
+    return pa.concat_tables(tables, promote_options="permissive"), {path: i for i, path in enumerate(paths)}
+
+
+def _open_tables(folder: Path, tables: Sequence[str]) -> dict[str, datasets.Dataset]:
+    """Splits of files that hold many images, all of one kind.
+
+    Raises:
+        LayoutError: files of two kinds, or of which some belong to no split.
+    """
+    kinds = {Path(file).suffix.lower() for file in tables}
+    holding = sorted(kind for kind in kinds if _READERS[kind][2])
+    if len(holding) > 1:
+        raise LayoutError(f"folder {str(folder)!r} has files of kinds {shorten(holding)}; allowed: one kind")
+    kind = (holding or [kind for kind in _READERS if kind in kinds])[0]
+    files = [file for file in tables if file.lower().endswith(kind)]
+    reader, arguments, _ = _READERS[kind]
+    opened = {}
+    for split, members in _split_files(folder, files).items():
+        found = {"train": [glob.escape(str((folder / file).resolve())) for file in members]}
+        rows = datasets.load_dataset(reader, data_files=found, split="train", **arguments)
+        assert isinstance(rows, datasets.Dataset)
+        opened[split] = with_pictures(rows, [folder, (folder / members[0]).parent])
+    return opened
+
+
+def _split_files(folder: Path, files: Sequence[str]) -> dict[str, list[str]]:
+    levels = {file.partition("/")[0] for file in files if "/" in file}
+    if levels and len(levels) > sum(name.lower() in SPLIT_NAMES for name in levels):
+        inside = files  # of folders such as data/, whose files are split by their own names
+    else:
+        inside = [file for file in files if "/" not in file]
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        splits.setdefault(_split_of(file, by_name=file in inside), []).append(file)
+    if "" in splits and (len(splits) > 1 or any(_WORD.search(file) for file in splits[""])):
+        raise LayoutError(
+            f"folder {str(folder)!r} has {shorten(splits[''], 3)}, of no split; allowed: files such as train.parquet, "
+            "train-00000-of-00001.parquet or files in folders train, validation, test"
+        )
+    return {split or "train": members for split, members in splits.items()}
+
+
+def _split_of(file: str, *, by_name: bool) -> str:
+    """The split of a file, or nothing."""
+    first, _, rest = file.partition("/")
+    if rest and not by_name:
+        return SPLIT_NAMES[first.lower()]
+    stem = Path(file).stem
+    if shard := _SHARD.fullmatch(stem):
+        return SPLIT_NAMES.get(shard["name"].lower(), shard["name"])
+    numbered = _NUMBERED.fullmatch(stem)
+    return SPLIT_NAMES.get(numbered["name"].lower(), "") if numbered else ""
