@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from recipes.errors import UserError, exit_code
 from recipes.settings.config import TrainConfig
 
 NOT_SETTINGS = ("seed", "output")
@@ -27,28 +28,28 @@ NOT_SETTINGS = ("seed", "output")
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     folders = [word for word in words if word != "--ci"]
-    try:
-        if unknown := [word for word in folders if word.startswith("--")]:
-            raise ValueError(f"{unknown[0]} is unknown; allowed: --ci, and run folders")
-        if not folders:
-            raise ValueError("no run folder given; allowed: one or more that recipes/train.py has finished")
-        print(table([read_run(folder) for folder in folders], interval="--ci" in words))
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: compare(folders, interval="--ci" in words))
+
+
+def compare(folders: Sequence[str], *, interval: bool) -> None:
+    """Print the table of some run folders."""
+    if unknown := [word for word in folders if word.startswith("--")]:
+        raise UserError(f"{unknown[0]} is unknown; allowed: --ci, and run folders")
+    if not folders:
+        raise UserError("no run folder given; allowed: one or more that recipes/train.py has finished")
+    print(table([read_run(folder) for folder in folders], interval=interval))
 
 
 def read_run(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings and the results of a finished run.
 
     Raises:
-        ValueError: the folder does not hold a finished run.
+        UserError: the folder does not hold a finished run.
     """
     config, results = Path(folder) / "config.yaml", Path(folder) / "results.json"
     for path in (config, results):
         if not path.is_file():
-            raise ValueError(f"{folder!r} has no {path.name}; allowed: folders of runs that have finished")
+            raise UserError(f"{folder!r} has no {path.name}; allowed: folders of runs that have finished")
     return yaml.safe_load(config.read_text()), json.loads(results.read_text())
 
 

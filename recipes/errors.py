@@ -1,21 +1,116 @@
-"""Words for settings that are not allowed."""
+"""Errors that the user can mend, and how a command ends with one: a single line on stderr and exit code 2.
+
+Whatever else is raised is a fault of the program, and ends with its traceback. `python -X dev` shows that of every
+error.
+"""
 
 import difflib
-from collections.abc import Sequence
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
+
+# Packages of `timm-deq[recipes]`, by the names under which they are imported.
+EXTRA = ("accelerate", "datasets", "sklearn", "matplotlib", "jsonargparse", "psutil", "yaml")
+
+
+class UserError(ValueError):
+    """A setting, a file or an image that is not allowed; its message is one line for the user."""
+
+
+class Stopped(Exception):
+    """A signal has ended the run; `code` is the exit code of a process that it ends."""
+
+    def __init__(self, number: int, saved: str):
+        super().__init__(f"stopped by {signal.Signals(number).name}; last good checkpoint: {saved}")
+        self.code = 128 + number
 
 
 def check(ok: bool, name: str, value: Any, allowed: str) -> None:
-    """Refuse the value of a setting, in one line, unless all is well.
+    """Refuse the value of a setting unless it is allowed.
 
     Raises:
-        ValueError: not `ok`.
+        UserError: not `ok`.
     """
     if not ok:
-        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
+        raise UserError(f"{name} is {value!r}; allowed: {allowed}")
 
 
-def nearest(word: str, words: Sequence[str]) -> str:
-    """A hint for a mistyped word, or nothing."""
+@contextmanager
+def user_errors(kind: type[Exception] = ValueError, *, what: str = "") -> Iterator[None]:
+    """Report errors of a library that refuses what the user has given it as errors of the user.
+
+    Args:
+        kind: class of the errors to report.
+        what: put before the library's message.
+
+    Raises:
+        UserError: in place of an error of this class.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except kind as error:
+        raise UserError(f"{what}{error}") from error
+
+
+def did_you_mean(word: str, words: Sequence[str]) -> str:
+    """A hint at the closest of some words for a mistyped one, or nothing."""
     close = difflib.get_close_matches(word, words, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Do the work of a command, report its errors, and return its exit code."""
+    try:
+        work()
+    except (Stopped, KeyboardInterrupt) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(str(error) or "stopped by SIGINT", file=sys.stderr)
+        return error.code if isinstance(error, Stopped) else 128 + signal.SIGINT
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing in EXTRA:
+            message = f"recipes need {missing}, which is not installed: pip install 'timm-deq[recipes]'"
+        elif isinstance(error, UserError | OSError):
+            message = " ".join(str(error).split())
+        else:
+            _report(traceback.format_exc())
+            return 1
+        _report(f"error: {message}\n")
+        return 2
+    return 0
+
+
+def _report(text: str) -> None:
+    """Write to stderr, unless another rank of this launch has reported an error before.
+
+    An error that all ranks find is so reported once, and what follows from it on other ranks, such as a connection that
+    was lost, not at all. A rank that ends has its launcher stop the others: so it waits until the report is written.
+    """
+    store = _launch_store()
+    if store is None or store.add("recipes/failed", 1) == 1:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        if store is not None:
+            store.set("recipes/reported", "")
+    else:
+        store.wait(["recipes/reported"], timedelta(seconds=10))
+
+
+def _launch_store() -> Any:
+    """The key-value store of the process that launched the ranks; None for one rank, or where there is none."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    from torch.distributed import PrefixStore, TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(attempt, TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10)))

@@ -18,26 +18,37 @@ used once, at the end. A mistake ends the run with one line; `python -X dev` sho
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from accelerate.utils import tqdm
+from recipes.errors import exit_code
 
-from recipes.images.workers import naming_dead_workers
-from recipes.settings.config import TrainConfig, parse
-from recipes.training.epoch import train_epoch
-from recipes.training.faults import Termination, exit_code, naming_checkpoint, stop
-from recipes.training.measurement import measure_epoch, run_test, save_epoch
-from recipes.training.resume import find_start
-from recipes.training.run import conditions, prepare
-from recipes.training.sharding import start_accelerator
-from recipes.training.tracking import check_tracker
+if TYPE_CHECKING:
+    from recipes.settings.config import TrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return exit_code(lambda: train(parse(argv)))
+    def work() -> None:
+        from recipes.settings.config import parse
+
+        train(parse(argv))
+
+    return exit_code(work)
 
 
-def train(config: TrainConfig) -> None:
-    """One run, from the data set to the run folder."""
+def train(config: "TrainConfig") -> None:
+    """Train, measure and test a model, from the data set to the run folder."""
+    # Imported after the command line has been read, so that --help and mistakes are answered at once.
+    from accelerate.utils import tqdm
+
+    from recipes.images.workers import naming_dead_workers
+    from recipes.training.epoch import train_epoch
+    from recipes.training.faults import Termination, naming_checkpoint, stop
+    from recipes.training.measurement import measure_epoch, run_test, save_epoch
+    from recipes.training.resume import find_start
+    from recipes.training.run import conditions, prepare
+    from recipes.training.sharding import start_accelerator
+    from recipes.training.tracking import check_tracker
+
     check_tracker(config.tracker)
     accelerator = start_accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,

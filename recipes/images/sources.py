@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from recipes.errors import UserError
 from recipes.images.columns import find_image_column, find_label_column, leaves
 from recipes.images.digits import digits
 from recipes.images.folders import SPLIT_NAMES, LayoutError, open_folder, with_pictures
@@ -26,7 +27,7 @@ from recipes.images.pixels import decode_image
 _ALLOWED = "'digits', a folder, or a Hub data set id"
 
 
-class CorruptImageError(ValueError):
+class CorruptImageError(UserError):
     """An image that cannot be decoded.
 
     A DataLoader worker passes an exception on by calling its class with a traceback as the message; of this only the

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, skip_init
 
-from recipes.errors import check, nearest
+from recipes.errors import UserError, check, did_you_mean
 
 KINDS = ("linear", "cosine", "etf")
 STAGES = ("crt", "lws")
@@ -91,7 +91,7 @@ def simplex_etf(num_classes: int, num_features: int, *, seed: int = 0) -> Tensor
         (K, d) float64, on the host.
 
     Raises:
-        ValueError: K or d is too small.
+        UserError: K or d is too small.
     """
     K, d = num_classes, num_features
     check(K >= 2, "num_classes", K, "2 or more")
@@ -119,9 +119,9 @@ def replace_classifier(model: nn.Module, kind: str, *, scale: float = 30.0, seed
         The model.
 
     Raises:
-        ValueError: an unknown kind, a scale not above 0, another kind of classifier, or fewer than K - 1 features.
+        UserError: an unknown kind, a scale not above 0, another kind of classifier, or fewer than K - 1 features.
     """
-    check(kind in KINDS, "classifier", kind, f"{', '.join(KINDS)}{nearest(kind, KINDS)}")
+    check(kind in KINDS, "classifier", kind, f"{', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
     check(scale > 0 and math.isfinite(scale), "scale", scale, "above 0")
     linear = _linear(model)
     if kind != "linear":
@@ -153,7 +153,7 @@ def tau_normalise(model: nn.Module, tau: float) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: tau outside 0..1, or another kind of classifier.
+        UserError: tau outside 0..1, or another kind of classifier.
     """
     check(0 <= tau <= 1, "tau", tau, "0 to 1")
     linear = _linear(model)
@@ -194,9 +194,9 @@ def second_stage(model: nn.Module, stage: str) -> list[nn.Parameter]:
         The parameters to train, the only ones that require a gradient.
 
     Raises:
-        ValueError: an unknown stage, or another kind of classifier.
+        UserError: an unknown stage, or another kind of classifier.
     """
-    check(stage in STAGES, "stage", stage, f"{', '.join(STAGES)}{nearest(stage, STAGES)}")
+    check(stage in STAGES, "stage", stage, f"{', '.join(STAGES)}{did_you_mean(stage, STAGES)}")
     linear = _linear(model)
     model.eval().requires_grad_(False)
     if stage == "crt":
@@ -238,7 +238,7 @@ def _linear(model: nn.Module) -> nn.Linear:
     layer = _classifier(model)
     if isinstance(layer, nn.Linear) and not parametrize.is_parametrized(layer):
         return layer
-    raise ValueError(f"classifier of {type(model).__name__} is {type(layer).__name__}; allowed: a plain nn.Linear")
+    raise UserError(f"classifier of {type(model).__name__} is {type(layer).__name__}; allowed: a plain nn.Linear")
 
 
 def _without_bias(linear: nn.Linear) -> nn.Linear:

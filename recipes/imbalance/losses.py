@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.errors import check, nearest
+from recipes.errors import UserError, check, did_you_mean
 from recipes.imbalance.priors import check_counts, class_weights, log_prior, widen
 
 
@@ -44,7 +44,7 @@ class Loss(nn.Module, ABC):
         beta: of `class_weights`.
 
     Raises:
-        ValueError: a value that is not allowed.
+        UserError: a value that is not allowed.
     """
 
     weight: Tensor
@@ -89,13 +89,13 @@ class Loss(nn.Module, ABC):
             target: classes (B,), or distributions over the classes (B, K).
 
         Raises:
-            ValueError: other shapes.
+            UserError: other shapes.
         """
         if logits.ndim != 2 or logits.shape[1] != len(self.weight):
-            raise ValueError(f"logits has shape {tuple(logits.shape)}; allowed: (B, {len(self.weight)})")
+            raise UserError(f"logits has shape {tuple(logits.shape)}; allowed: (B, {len(self.weight)})")
         soft = target.is_floating_point()
         if target.shape != (logits.shape if soft else logits.shape[:1]):
-            raise ValueError(
+            raise UserError(
                 f"target has shape {tuple(target.shape)} and dtype {target.dtype}; allowed: classes "
                 f"({len(logits)},) or distributions {tuple(logits.shape)}"
             )
@@ -300,15 +300,15 @@ def create_loss(name: str, counts: Tensor | Sequence[float], **parameters: Any) 
         parameters: arguments of that loss and of `Loss`.
 
     Raises:
-        ValueError: an unknown name or parameter, or a value that is not allowed.
+        UserError: an unknown name or parameter, or a value that is not allowed.
     """
     if name not in LOSSES:
-        raise ValueError(f"loss {name!r} is unknown{nearest(name, list(LOSSES))}; allowed: {', '.join(LOSSES)}")
+        raise UserError(f"loss {name!r} is unknown{did_you_mean(name, list(LOSSES))}; allowed: {', '.join(LOSSES)}")
     allowed = loss_parameters(name)
     for given in parameters:
         if given not in allowed:
-            hint = nearest(given, allowed)
-            raise ValueError(f"loss {name!r} has no parameter {given!r}{hint}; allowed: {', '.join(allowed)}")
+            hint = did_you_mean(given, allowed)
+            raise UserError(f"loss {name!r} has no parameter {given!r}{hint}; allowed: {', '.join(allowed)}")
     return LOSSES[name](counts, **parameters)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recipes.errors import check
+from recipes.errors import UserError, check
 
 
 def check_counts(counts: Tensor | Sequence[float]) -> Tensor:
@@ -18,14 +18,14 @@ def check_counts(counts: Tensor | Sequence[float]) -> Tensor:
     A class without an image has no prior: its logit would be adjusted by minus infinity.
 
     Raises:
-        ValueError: fewer than two classes, or a count that is not positive and finite.
+        UserError: fewer than two classes, or a count that is not positive and finite.
     """
     n = torch.as_tensor(counts, dtype=torch.float64, device="cpu")
     if n.ndim != 1 or len(n) < 2:
-        raise ValueError(f"counts has shape {tuple(n.shape)}; allowed: (K,) with K of 2 or more")
+        raise UserError(f"counts has shape {tuple(n.shape)}; allowed: (K,) with K of 2 or more")
     if not (bad := (n > 0) & n.isfinite()).all():
         k = int(bad.long().argmin())
-        raise ValueError(f"counts is {n[k]:g} for class {k}; allowed: above 0, finite, for every class")
+        raise UserError(f"counts is {n[k]:g} for class {k}; allowed: above 0, finite, for every class")
     return n
 
 
@@ -49,7 +49,7 @@ def class_weights(counts: Tensor | Sequence[float], *, beta: float = 0.9999) -> 
         (K,) float64.
 
     Raises:
-        ValueError: beta outside 0..1, or bad counts.
+        UserError: beta outside 0..1, or bad counts.
     """
     n = check_counts(counts)
     check(0 <= beta <= 1, "beta", beta, "0 to 1")

@@ -25,6 +25,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from recipes.errors import UserError
+
 Groups = dict[str, list[int]]
 
 _RANKING = 3  # its own random stream, beside those of recipes/training/manifest.py
@@ -60,24 +62,24 @@ def two_group(
         Images to keep per class (K,), and the classes of the groups 'majority' and 'minority'.
 
     Raises:
-        ValueError: K_A outside 0..K, a class outside 0..K-1 or given twice, R below 1, R so large that a minority
+        UserError: K_A outside 0..K, a class outside 0..K-1 or given twice, R below 1, R so large that a minority
             class is empty, or an order beside majority classes given by number.
     """
     num_classes, largest = len(sizes), int(sizes.min())
     order = rank_classes(class_order, num_classes)
     if isinstance(majority, int):
         if not 0 <= majority <= num_classes:
-            raise ValueError(f"majority (K_A) is {majority}; allowed: 0 to {num_classes}, the number of classes")
+            raise UserError(f"majority (K_A) is {majority}; allowed: 0 to {num_classes}, the number of classes")
         majority = order[:majority]
     elif order != list(range(num_classes)):
-        raise ValueError(f"majority is {majority}; allowed: their number K_A, as class_order says which they are")
+        raise UserError(f"majority is {majority}; allowed: their number K_A, as class_order says which they are")
     if len(set(majority)) < len(majority) or not set(majority) <= set(range(num_classes)):
-        raise ValueError(f"majority is {majority}; allowed: different classes out of 0 to {num_classes - 1}")
+        raise UserError(f"majority is {majority}; allowed: different classes out of 0 to {num_classes - 1}")
     _check_ratio(ratio)
     minority = [k for k in range(num_classes) if k not in set(majority)]
     smallest = int(largest // ratio)
     if minority and smallest < 1:
-        raise ValueError(
+        raise UserError(
             f"ratio (R) is {ratio:g}, which leaves a minority class empty; allowed: 1 to {largest}, "
             "the size of a majority class"
         )
@@ -101,12 +103,12 @@ def step(
         Images to keep per class (K,), and the classes of the groups 'majority' and 'minority'.
 
     Raises:
-        ValueError: more minority classes than classes, a share outside 0..1, or what `two_group` refuses.
+        UserError: more minority classes than classes, a share outside 0..1, or what `two_group` refuses.
     """
     num_classes = len(sizes)
     most, what = (num_classes, "their number") if isinstance(minority, int) else (1.0, "their share of the classes")
     if not 0 <= minority <= most:
-        raise ValueError(f"minority is {minority}; allowed: 0 to {most}, {what}")
+        raise UserError(f"minority is {minority}; allowed: 0 to {most}, {what}")
     number = minority if isinstance(minority, int) else math.floor(minority * num_classes + 0.5)
     return two_group(sizes, majority=num_classes - number, ratio=ratio, class_order=class_order)
 
@@ -126,7 +128,7 @@ def exponential(
         Images to keep per class (K,), and the groups that `groups_of` makes of them.
 
     Raises:
-        ValueError: R below 1, R so large that a class is empty, or a class with fewer images than it should keep.
+        UserError: R below 1, R so large that a class is empty, or a class with fewer images than it should keep.
     """
     largest = _largest(sizes, ratio, largest)
     i = np.arange(len(sizes))
@@ -157,12 +159,12 @@ def pareto(
         Images to keep per class (K,), and the groups that `groups_of` makes of them.
 
     Raises:
-        ValueError: alpha not above 0, R below 1, R so large that a class is empty, or a class with fewer images than it
+        UserError: alpha not above 0, R below 1, R so large that a class is empty, or a class with fewer images than it
             should keep.
     """
     largest = _largest(sizes, ratio, largest)
     if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha is {alpha:g}; allowed: above 0")
+        raise UserError(f"alpha is {alpha:g}; allowed: above 0")
     power = np.arange(1, len(sizes) + 1) ** (-1 / alpha)
     height = (power - power[-1]) / (1 - power[-1]) if len(sizes) > 1 else np.ones(1)  # from 1 to 0
     return _give(largest / ratio + (largest - largest / ratio) * height, sizes, class_order)
@@ -179,13 +181,13 @@ def explicit(sizes: np.ndarray, *, counts: Sequence[int]) -> tuple[np.ndarray, G
         Images to keep per class (K,), and the groups that `groups_of` makes of them.
 
     Raises:
-        ValueError: not one size for each class, an empty class, or a class with fewer images than it should keep.
+        UserError: not one size for each class, an empty class, or a class with fewer images than it should keep.
     """
     if len(counts) != len(sizes):
-        raise ValueError(f"counts has {len(counts)} sizes; allowed: {len(sizes)}, one for each class")
+        raise UserError(f"counts has {len(counts)} sizes; allowed: {len(sizes)}, one for each class")
     for k, count in enumerate(counts):
         if not 1 <= count <= sizes[k]:
-            raise ValueError(f"counts[{k}] is {count}; allowed: 1 to {sizes[k]}, the images of class {k}")
+            raise UserError(f"counts[{k}] is {count}; allowed: 1 to {sizes[k]}, the images of class {k}")
     return np.array(counts), groups_of(counts)
 
 
@@ -213,14 +215,14 @@ def rank_classes(class_order: str | Sequence[int] | None, num_classes: int, *, s
         class_order: 'given' or None for 0, 1, ..., K-1; 'random' for an order that `seed` decides; or the classes.
 
     Raises:
-        ValueError: neither of these, or not each class once.
+        UserError: neither of these, or not each class once.
     """
     if class_order is None or class_order == "given":
         return list(range(num_classes))
     if class_order == "random":
         return np.random.default_rng((seed, _RANKING)).permutation(num_classes).tolist()
     if isinstance(class_order, str) or sorted(class_order) != list(range(num_classes)):
-        raise ValueError(
+        raise UserError(
             f"class_order is {class_order!r}; allowed: 'given', 'random', or each class of 0 to {num_classes - 1} once"
         )
     return list(class_order)
@@ -243,7 +245,7 @@ def groups_of(
         Classes of each group in ascending order. A group without classes is left out: it has no accuracy.
 
     Raises:
-        ValueError: an unknown rule; bounds that are not in order, or shares outside 0..1, or bounds of a rule that has
+        UserError: an unknown rule; bounds that are not in order, or shares outside 0..1, or bounds of a rule that has
             none.
     """
     counts = np.asarray(counts)
@@ -253,7 +255,7 @@ def groups_of(
         low, high = bounds or _BOUNDS[rule]
         if not 0 <= low <= high <= (1 if rule == "quantiles" else math.inf):
             allowed = "two shares of the classes, 0 to 1," if rule == "quantiles" else "two numbers of images"
-            raise ValueError(f"bounds is {low:g} and {high:g}; allowed: {allowed} the smaller first")
+            raise UserError(f"bounds is {low:g} and {high:g}; allowed: {allowed} the smaller first")
         if rule == "thresholds":
             few, many = counts < low, counts > high
         else:
@@ -264,13 +266,13 @@ def groups_of(
         masks = {"many": many, "medium": ~many & ~few, "few": few}
     else:
         given = "" if bounds is None else " with bounds"
-        raise ValueError(f"rule is {rule!r}{given}; allowed: 'thresholds', 'quantiles', or 'majority' without bounds")
+        raise UserError(f"rule is {rule!r}{given}; allowed: 'thresholds', 'quantiles', or 'majority' without bounds")
     return {name: np.flatnonzero(mask).tolist() for name, mask in masks.items() if mask.any()}
 
 
 def _check_ratio(ratio: float) -> None:
     if not (math.isfinite(ratio) and ratio >= 1):
-        raise ValueError(f"ratio (R) is {ratio:g}; allowed: 1 or more")
+        raise UserError(f"ratio (R) is {ratio:g}; allowed: 1 or more")
 
 
 def _largest(sizes: np.ndarray, ratio: float, largest: int | None) -> int:
@@ -279,9 +281,9 @@ def _largest(sizes: np.ndarray, ratio: float, largest: int | None) -> int:
     if largest is None:
         largest = int(sizes.min())
     elif not 1 <= largest <= sizes.max():
-        raise ValueError(f"largest is {largest}; allowed: 1 to {sizes.max()}, the images of the largest class at hand")
+        raise UserError(f"largest is {largest}; allowed: 1 to {sizes.max()}, the images of the largest class at hand")
     if ratio > largest:
-        raise ValueError(
+        raise UserError(
             f"ratio (R) is {ratio:g}, which leaves a class empty; allowed: 1 to {largest}, the largest class"
         )
     return largest
@@ -294,7 +296,7 @@ def _give(by_rank: np.ndarray, sizes: np.ndarray, class_order: Sequence[int] | N
     counts[rank_classes(class_order, len(sizes))] = np.floor(np.round(by_rank, 6))
     if (counts > sizes).any():
         k = int(np.argmax(counts > sizes))
-        raise ValueError(
+        raise UserError(
             f"largest is {counts.max()}, which asks for {counts[k]} images of class {k}; allowed: at most "
             f"{sizes[k]} of it, all there are"
         )

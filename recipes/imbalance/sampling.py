@@ -37,6 +37,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from recipes.errors import UserError
+
 # One random stream per purpose.
 _ORDER, _CIRCLE = 11, 12
 
@@ -101,7 +103,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         updates: optimizer updates of one epoch.
 
     Raises:
-        ValueError: an unknown order, or one that lacks its setting; a batch too small to give every forward pass of
+        UserError: an unknown order, or one that lacks its setting; a batch too small to give every forward pass of
             every rank an image.
     """
 
@@ -120,13 +122,13 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         defer: int = 0,
     ):
         if order not in ORDERS:
-            raise ValueError(f"order is {order!r}; allowed: {', '.join(ORDERS)}")
+            raise UserError(f"order is {order!r}; allowed: {', '.join(ORDERS)}")
         if order == "progressively_balanced" and epochs is None:
-            raise ValueError("epochs is None; allowed: the epochs of training, with order 'progressively_balanced'")
+            raise UserError("epochs is None; allowed: the epochs of training, with order 'progressively_balanced'")
         if threshold is not None and not 0 < threshold <= 1:
-            raise ValueError(f"threshold is {threshold:g}; allowed: above 0, at most 1, a share of the images")
+            raise UserError(f"threshold is {threshold:g}; allowed: above 0, at most 1, a share of the images")
         if defer < 0:
-            raise ValueError(f"defer is {defer}; allowed: 0 or more epochs")
+            raise UserError(f"defer is {defer}; allowed: 0 or more epochs")
         self.order, self.seed, self.epochs, self.defer = order, seed, epochs, defer
         self.rank, self.world, self.accumulation = rank, world, accumulation
         self.classes, self.labels, self.sizes = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
@@ -137,7 +139,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         self.updates = math.ceil(self.draws / batch_size)
         if self.draws // self.updates < accumulation * world:
             least = accumulation * world
-            raise ValueError(
+            raise UserError(
                 f"batch_size {batch_size} gives batches of {self.draws // self.updates} images; allowed: {least} "
                 f"or more, one image for each of {world} ranks x {accumulation} accumulation steps"
             )

@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from nc_probe import NCProbe
+from recipes.errors import user_errors
 from recipes.results.calibration import BINS, bin_table
-from timm_deq import SolveLog
+from timm_deq import NonFiniteInputError, SolveLog
 
 
 def sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
@@ -44,19 +45,24 @@ def evaluate(
     adjust: Callable[[Tensor], Tensor] | None = None,
 ) -> Evaluation:
     """Pass over the images of all ranks in evaluation mode, with the probe attached if one is given, and logits
-    corrected by `adjust` if it is given."""
+    corrected by `adjust` if it is given.
+
+    Raises:
+        UserError: activations that are not finite, as those of broken weights are.
+    """
     net.eval()
     confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=accelerator.device)
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # which MPS lacks
     bins = torch.zeros(num_classes, BINS, 3, dtype=dtype, device=accelerator.device)
     with SolveLog(net) as log, probe or nullcontext():
         for images, labels in loader:
-            with accelerator.autocast():
+            with accelerator.autocast(), user_errors(NonFiniteInputError):
                 logits = net(images.to(accelerator.device, non_blocking=True))
             if adjust is not None:
                 logits = adjust(logits)
             if probe is not None:
-                probe.update(labels)
+                with user_errors():
+                    probe.update(labels)
             labels = labels.to(accelerator.device, non_blocking=True)
             confusion += torch.bincount(labels * num_classes + logits.argmax(1), minlength=num_classes**2)
             bins += bin_table(logits, labels, num_classes)

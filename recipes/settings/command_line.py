@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from recipes.errors import check, nearest
+from recipes.errors import UserError, check, did_you_mean
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -24,7 +24,7 @@ def arranged(words: Sequence[str], config: type) -> list[str]:
         config: dataclass of the settings, whose types tell what is a list.
 
     Raises:
-        ValueError: two imbalance profiles, a file of settings that is not there, or one that has a key twice.
+        UserError: two imbalance profiles, a file of settings that is not there, or one that has a key twice.
     """
     kinds = {f"--{f.name}": (f.type, *typing.get_args(f.type)) for f in dataclasses.fields(config)}
     flags: list[list[str]] = []
@@ -39,7 +39,7 @@ def arranged(words: Sequence[str], config: type) -> list[str]:
     for i, (flag, *values) in enumerate(flags):
         before = given.setdefault(flag, values)
         if flag in ONCE and before != values:
-            raise ValueError(f"{flag} is given twice, as {' '.join(before)!r} and {' '.join(values)!r}; allowed: once")
+            raise UserError(f"{flag} is given twice, as {' '.join(before)!r} and {' '.join(values)!r}; allowed: once")
         if flag == "--config" and values:
             path = config_file(values[0])
             _check_keys(path)
@@ -55,12 +55,12 @@ def config_file(word: str) -> Path:
     """The file that `--config` names: a YAML file, or one of the presets that come with the recipes.
 
     Raises:
-        ValueError: there is neither.
+        UserError: there is neither.
     """
     if Path(word).is_file():
         return Path(word)
     presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    check(word in presets, "config", word, f"a YAML file, or one of {', '.join(presets)}{nearest(word, presets)}")
+    check(word in presets, "config", word, f"a YAML file, or one of {', '.join(presets)}{did_you_mean(word, presets)}")
     return PRESETS / f"{word}.yaml"
 
 
@@ -73,4 +73,4 @@ def _check_keys(path: Path) -> None:
     keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"{key} is given twice in {str(path)!r}; allowed: once")
+            raise UserError(f"{key} is given twice in {str(path)!r}; allowed: once")

@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from timm.optim import list_optimizers
 
-from recipes.errors import check, nearest
+from recipes.errors import UserError, check, did_you_mean
 from recipes.settings.command_line import arranged
 from recipes.settings.contradictions import check_contradictions, profile_settings
 
@@ -248,7 +248,7 @@ class TrainConfig:
             "num_classes" not in self.model_args, "model_args", self.model_args, "no num_classes, which the data gives"
         )
         optimizers = [name for name in list_optimizers() if isinstance(name, str)]
-        check(self.opt in optimizers, "opt", self.opt, f"timm's optimizers{nearest(self.opt, optimizers)}")
+        check(self.opt in optimizers, "opt", self.opt, f"timm's optimizers{did_you_mean(self.opt, optimizers)}")
         check_contradictions(self)
 
     @property
@@ -283,7 +283,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
         argv: words of the command line; those of this process if not given.
 
     Raises:
-        ValueError: an unknown flag or key, a value of the wrong type or outside what is allowed, in one line.
+        UserError: an unknown flag or key, a value of the wrong type or outside what is allowed, in one line.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
@@ -302,6 +302,6 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
         message = re.sub(r'(?:Parser key|Key) "([\w.]+)"', r"\1", " ".join(str(error).split()))
         message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("typing.", "")
         if unknown := re.match(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)'", message):
-            message += nearest(unknown[1] or unknown[2], names) + "; allowed: the flags that --help lists"
-        raise ValueError(message) from None
+            message += did_you_mean(unknown[1] or unknown[2], names) + "; allowed: the flags that --help lists"
+        raise UserError(message) from None
     return TrainConfig(**{name: namespace[name] for name in names})

@@ -1,16 +1,16 @@
-"""Settings of a run that contradict each other, or that nothing reads. Each is refused in one line."""
+"""Cross-field validation: settings of a run that conflict, or that nothing would use.
+
+`config` has the settings as attributes, as a `TrainConfig` has; each has been found to be allowed by itself.
+"""
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 
 import timm_deq  # noqa: F401 - registers its models
 from recipes.errors import check
 from recipes.imbalance.profiles import PROFILES
-
-if TYPE_CHECKING:
-    from recipes.settings.config import TrainConfig
 
 # What makes up for the imbalance by itself, so that two of them would do so twice.
 CORRECTING_SAMPLERS = ("class_balanced", "class_aware", "reverse")
@@ -27,7 +27,7 @@ def profile_settings(profile: str) -> list[str]:
     return list(inspect.signature(PROFILES[profile]).parameters)[1:]  # but for the sizes
 
 
-def correction(config: "TrainConfig") -> str | None:
+def correction(config: Any) -> str | None:
     """What makes up for the imbalance in training, in words."""
     if config.sampler in CORRECTING_SAMPLERS:
         return f"sampler {config.sampler!r}"
@@ -36,11 +36,11 @@ def correction(config: "TrainConfig") -> str | None:
     return None if config.reweight_epoch is None else f"reweight_epoch {config.reweight_epoch}"
 
 
-def check_contradictions(config: "TrainConfig") -> None:
-    """Look for settings that do not go together; each has been found to be allowed by itself.
+def check_contradictions(config: Any) -> None:
+    """Reject settings that conflict, or that are given but would not be used.
 
     Raises:
-        ValueError: there are some.
+        UserError: a setting that another one does not allow.
     """
     _check_images(config)
     _check_loss(config)
@@ -48,37 +48,37 @@ def check_contradictions(config: "TrainConfig") -> None:
     _check_schedule(config)
 
 
-def _check_images(config: "TrainConfig") -> None:
+def _check_images(config: Any) -> None:
     profiles = dict.fromkeys(name for profile in PROFILES for name in profile_settings(profile))
     if config.manifest is not None:
         for name in ("imbalance", *profiles, "grouping", "bounds"):
-            _unread(config, name, "with a manifest, which says it all")
+            _reject_unused(config, name, "with a manifest, which says it all")
     for name in profiles:
         if name not in profile_settings(config.profile):
-            _unread(config, name, f"with imbalance {config.profile!r}")
+            _reject_unused(config, name, f"with imbalance {config.profile!r}")
     for name in {"minority", "counts"} & set(profile_settings(config.profile)):
         value = getattr(config, name)
         check(value is not None, name, value, f"a value, with imbalance {config.profile!r}")
     if isinstance(config.majority, list):
-        _unread(config, "class_order", "with a list of majority classes")
+        _reject_unused(config, "class_order", "with a list of majority classes")
     if config.grouping in (None, "majority"):
-        _unread(config, "bounds", "without --grouping thresholds or quantiles")
+        _reject_unused(config, "bounds", "without --grouping thresholds or quantiles")
     check(config.bounds is None or len(config.bounds) == 2, "bounds", config.bounds, "two numbers")
 
     if config.sampler != "repeat_factor":
-        _unread(config, "repeat_threshold", f"with sampler {config.sampler!r}")
+        _reject_unused(config, "repeat_threshold", f"with sampler {config.sampler!r}")
     if config.sampler == "instance":
         check(config.defer == 0, "defer", config.defer, "0 with sampler 'instance', which there is nothing to defer to")
     _before_the_end(config, "defer")
     if not (config.mixup_alpha or config.cutmix_alpha):
-        _unread(config, "mix_prob", "without mixup_alpha or cutmix_alpha")
+        _reject_unused(config, "mix_prob", "without mixup_alpha or cutmix_alpha")
 
 
-def _check_loss(config: "TrainConfig") -> None:
+def _check_loss(config: Any) -> None:
     for name, flag in LOSS_FLAGS.items():
         check(name not in config.loss_args, "loss_args", config.loss_args, f"no {name}, which --{flag} is for")
     if config.reweight_epoch is None and config.loss != "class_balanced":
-        _unread(config, "reweight_beta", "without reweight_epoch or loss 'class_balanced'")
+        _reject_unused(config, "reweight_beta", "without reweight_epoch or loss 'class_balanced'")
     _before_the_end(config, "reweight_epoch")
     if config.sampler in CORRECTING_SAMPLERS:
         name, value = "loss", config.loss
@@ -88,7 +88,7 @@ def _check_loss(config: "TrainConfig") -> None:
         check(not twice, name, value, f"none that corrects what sampler {config.sampler!r} has corrected already")
 
     if config.classifier == "linear":
-        _unread(config, "classifier_scale", "with classifier 'linear'")
+        _reject_unused(config, "classifier_scale", "with classifier 'linear'")
         check(config.loss != "ldam", "loss", config.loss, "ldam with classifier 'cosine' or 'etf' alone")
     else:
         check(config.loss != "mse", "loss", config.loss, f"mse with classifier 'linear', not {config.classifier!r}")
@@ -98,7 +98,7 @@ def _check_loss(config: "TrainConfig") -> None:
         check(given == scale, "loss_args.scale", given, f"{scale:g}, the scale of the classifier")
 
 
-def _check_stage(config: "TrainConfig") -> None:
+def _check_stage(config: Any) -> None:
     if config.stage is None:
         return
     check(
@@ -113,7 +113,7 @@ def _check_stage(config: "TrainConfig") -> None:
         check(not value, name, value, f"none with stage {config.stage!r}, in which no equilibrium is trained")
 
 
-def _check_schedule(config: "TrainConfig") -> None:
+def _check_schedule(config: Any) -> None:
     if config.select == "best" and config.manifest is None:
         check(config.val_fraction > 0, "val_fraction", config.val_fraction, "above 0 with --select best")
     warmup, most = config.warmup_epochs, config.epochs
@@ -122,11 +122,11 @@ def _check_schedule(config: "TrainConfig") -> None:
     check(config.sched != "multistep" or milestones != [], "decay_milestones", milestones, "epochs, with multistep")
 
 
-def _before_the_end(config: "TrainConfig", name: str) -> None:
+def _before_the_end(config: Any, name: str) -> None:
     epoch, last = getattr(config, name), config.epochs - 1
     check(not config.epochs or epoch is None or epoch <= last, name, epoch, f"0 to {last}, below the epochs")
 
 
-def _unread(config: "TrainConfig", name: str, where: str) -> None:
-    value: Any = getattr(config, name)
+def _reject_unused(config: Any, name: str, where: str) -> None:
+    value = getattr(config, name)
     check(value is None, name, value, f"not given {where}")

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from recipes.errors import user_errors
 from recipes.images.augment import BatchMix
 from recipes.images.pipeline import Loader, choose_pipeline
 from recipes.images.sources import load_splits, open_dataset
@@ -29,14 +30,15 @@ class RunImages:
         rows: the splits 'train', 'val' and 'test', each a split of the data set and the rows taken from it.
 
     Raises:
-        ValueError: no such data set, split or column, or images that do not allow what is asked for.
+        UserError: no such data set, split or column, or images that do not allow what is asked for.
     """
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
-        with accelerator.main_process_first():
-            source = open_dataset(config.dataset, config.dataset_config, config.dataset_revision)
         columns = config.only("train_split", "test_split", "image_column", "label_column")
-        train, test = load_splits(source, **columns)
+        with user_errors():
+            with accelerator.main_process_first():
+                source = open_dataset(config.dataset, config.dataset_config, config.dataset_revision)
+            train, test = load_splits(source, **columns)
         self.class_names = train.class_names
         self.manifest: Manifest = choose_images(config, train)
         self.rows = {
@@ -61,22 +63,23 @@ class Batches:
         evaluation: after `load`: a loader of each split, every image once over all ranks.
 
     Raises:
-        ValueError: an augmentation, a batch size or a pipeline that the images or the model do not allow.
+        UserError: an augmentation, a batch size or a pipeline that the images or the model do not allow.
     """
 
     def __init__(self, config: TrainConfig, images: RunImages, data_config: dict[str, Any], accelerator: Accelerator):
         self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
         self.accumulation, self.eval_batch_size = config.gradient_accumulation_steps, config.eval_batch_size
         self.rows = images.rows
-        self.pipeline = choose_pipeline(
-            config.pipeline,
-            images=sum(len(indices) for _, indices in images.rows.values()),
-            data_config=data_config,
-            augmentation=config.only(*AUGMENTATION),
-            device=self.device,
-            budget_bytes=int(config.budget * 2**20),
-            **config.only("seed", "workers"),
-        )
+        with user_errors():
+            self.pipeline = choose_pipeline(
+                config.pipeline,
+                images=sum(len(indices) for _, indices in images.rows.values()),
+                data_config=data_config,
+                augmentation=config.only(*AUGMENTATION),
+                device=self.device,
+                budget_bytes=int(config.budget * 2**20),
+                **config.only("seed", "workers"),
+            )
         train, indices = images.rows["train"]
         self.sampler = EpochSampler(
             train.labels[indices],

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from recipes.errors import check, nearest
+from recipes.errors import UserError, check, did_you_mean
 from recipes.imbalance.classifiers import RowScales, fold, replace_classifier
 from recipes.settings.config import TrainConfig, parse
 from recipes.settings.contradictions import SCALE
@@ -31,7 +31,7 @@ def create_model(config: TrainConfig, num_classes: int | None) -> Any:
     `num_classes` is None.
 
     Raises:
-        ValueError: an unknown name, arguments that the model does not take, weights that cannot be had, or a trained
+        UserError: an unknown name, arguments that the model does not take, weights that cannot be had, or a trained
             model of other classes.
     """
     folder = Path(config.model)
@@ -47,7 +47,7 @@ def create_model(config: TrainConfig, num_classes: int | None) -> Any:
         classes = None if trained else num_classes
         net = _timm_model(config.model, config.pretrained or trained, classes, config.model_args)
     if trained and num_classes not in (None, net.num_classes):
-        raise ValueError(
+        raise UserError(
             f"model {config.model!r} knows {net.num_classes} classes; allowed: a model of {num_classes}, as data set "
             f"{config.dataset!r} has"
         )
@@ -60,7 +60,7 @@ def load_run(folder: Path, model_args: Mapping[str, Any] | None = None) -> Any:
     """The model that a run has saved, whose last layer may be one that timm does not know.
 
     Raises:
-        ValueError: the folder is not that of a run with a checkpoint, or arguments that the model does not take.
+        UserError: the folder is not that of a run with a checkpoint, or arguments that the model does not take.
     """
     config = read_config(folder)
     saved, plain = folder / "checkpoint", config.classifier == "linear"
@@ -75,34 +75,32 @@ def read_config(folder: Path) -> TrainConfig:
     """The settings of a run that has saved a model.
 
     Raises:
-        ValueError: the folder is not that of such a run.
+        UserError: the folder is not that of such a run.
     """
     for part in ("config.yaml", "manifest.json", "checkpoint"):
         if not (folder / part).exists():
-            raise ValueError(
-                f"model {str(folder)!r} has no {part}; allowed: a folder in which recipes/train.py has run"
-            )
+            raise UserError(f"model {str(folder)!r} has no {part}; allowed: a folder in which recipes/train.py has run")
     return parse(["--config", str(folder / "config.yaml")])
 
 
 def _timm_model(name: str, pretrained: bool, num_classes: int | None, model_args: Mapping[str, Any]) -> Any:
     if ":" not in name and not timm.is_model(name):
-        hint = nearest(name, timm.list_models())
-        raise ValueError(f"model {name!r} is unknown{hint}; allowed: what timm.list_models() gives")
+        hint = did_you_mean(name, timm.list_models())
+        raise UserError(f"model {name!r} is unknown{hint}; allowed: what timm.list_models() gives")
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **model_args)
     except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
-        raise ValueError(f"model {name!r} cannot be built with model_args {dict(model_args)}: {error}") from error
+        raise UserError(f"model {name!r} cannot be built with model_args {dict(model_args)}: {error}") from error
 
 
 def new_folder(output: str) -> Path:
     """The path of a folder to create.
 
     Raises:
-        ValueError: there is something already.
+        UserError: there is something already.
     """
     if os.path.lexists(output):
-        raise ValueError(f"output {output!r} exists; allowed: a folder that does not")
+        raise UserError(f"output {output!r} exists; allowed: a folder that does not")
     return Path(output)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from recipes.errors import UserError
 from recipes.results.accuracy import sum_over_ranks
 from recipes.training.faults import Termination, check_finite, stop
 from recipes.training.run import Run
@@ -20,7 +21,7 @@ def train_epoch(run: Run, termination: Termination, bar: Any) -> None:
         bar: progress bar, one step for each update.
 
     Raises:
-        FloatingPointError: training has diverged.
+        UserError: training has diverged.
         Stopped: a signal has come.
     """
     config, progress, updates = run.config, run.progress, run.batches.sampler.updates
@@ -60,7 +61,7 @@ def _learn(run: Run, images: Tensor, labels: Tensor, weight: float) -> Tensor:
     try:
         penalised, loss = run.objective(run.model(images), labels)
     except NonFiniteInputError as error:
-        raise NonFiniteInputError(
+        raise UserError(
             f"training has diverged in epoch {run.progress.epoch}, update {run.progress.step + 1} of "
             f"{run.batches.sampler.updates}, at lr {config.lr:g}: {error}; last good checkpoint: {run.checkpoint}"
         ) from error

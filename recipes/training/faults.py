@@ -1,11 +1,8 @@
 """What may go wrong during a run, and what it leaves behind: a message of one line, and a checkpoint to go on from."""
 
 import math
-import os
 import signal
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,25 +12,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from recipes.images.sources import CorruptImageError
-from recipes.images.workers import WorkerDiedError
-from timm_deq import NonFiniteInputError
-
-
-class Stopped(Exception):
-    """A signal has ended the run; `code` is the exit code of a process that it ends."""
-
-    def __init__(self, number: int, saved: str):
-        super().__init__(f"stopped by {signal.Signals(number).name}; last good checkpoint: {saved}")
-        self.code = 128 + number
+from recipes.errors import Stopped, UserError
 
 
 class DiskError(OSError):
-    """A file cannot be read or written, which only the rank that does it may see."""
-
-
-# Who sees a fault of an image, of a disk or of a worker.
-BY_ONE_RANK = (CorruptImageError, NonFiniteInputError, DiskError, WorkerDiedError)
+    """A file of a run cannot be read or written."""
 
 
 class Termination:
@@ -92,34 +75,14 @@ def check_finite(loss: float, net: nn.Module, where: str) -> None:
     """Stop a training that has diverged.
 
     Raises:
-        FloatingPointError: the loss is not finite, or weights are not, which the last update may have broken with no
+        UserError: the loss is not finite, or weights are not, which the last update may have broken with no
             loss left to show it.
     """
     if not (math.isfinite(loss) and torch.nn.utils.get_total_norm(net.parameters()).isfinite()):
-        raise FloatingPointError(f"loss is {loss:g} or weights are not finite in {where}")
+        raise UserError(f"loss is {loss:g} or weights are not finite in {where}")
 
 
 def stop(accelerator: Accelerator, number: int, saved: str) -> NoReturn:
     """End the run because of a signal, after what was under way has been saved."""
     accelerator.end_training()
     raise Stopped(number, saved)
-
-
-def exit_code(work: Callable[[], None]) -> int:
-    """Do the work of a script, and give its exit code; what the user can mend is told in one line."""
-    try:
-        work()
-    except (Stopped, KeyboardInterrupt) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(str(error) or "stopped by SIGINT", file=sys.stderr)
-        return error.code if isinstance(error, Stopped) else 128 + signal.SIGINT
-    except (ValueError, OSError, FloatingPointError) as error:
-        if sys.flags.dev_mode:
-            raise
-        # All ranks find the same fault, but for some.
-        if int(os.environ.get("RANK", "0")) and not isinstance(error, BY_ONE_RANK):
-            time.sleep(10)  # a rank that leaves ends the others, and the main one has yet to speak
-        else:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0

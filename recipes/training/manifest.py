@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from recipes.errors import UserError
 from recipes.images.sources import ImageSplit
 from recipes.imbalance.profiles import PROFILES, Groups, groups_of, rank_classes
 from recipes.settings.config import TrainConfig
@@ -53,23 +54,23 @@ class Manifest:
         """Read a manifest back.
 
         Raises:
-            ValueError: there is no such file, it is not a manifest, or it was changed since it was written.
+            UserError: there is no such file, it is not a manifest, or it was changed since it was written.
         """
         name = f"manifest {str(path)!r}"
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"{name} cannot be read: {error.strerror}; allowed: a manifest.json of a run") from None
+            raise UserError(f"{name} cannot be read: {error.strerror}; allowed: a manifest.json of a run") from None
         except ValueError as error:  # not JSON, or not even text
-            raise ValueError(f"{name} is not JSON: {error}; allowed: a manifest.json of a run") from None
+            raise UserError(f"{name} is not JSON: {error}; allowed: a manifest.json of a run") from None
         keys = [*(field.name for field in fields(cls)), "sha256"]
         if not isinstance(content, dict) or content.keys() != set(keys):
             found = ", ".join(sorted(content)) if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"{name} holds {found or 'nothing'}; allowed: {', '.join(keys)}")
+            raise UserError(f"{name} holds {found or 'nothing'}; allowed: {', '.join(keys)}")
         expected = content.pop("sha256")
         manifest = cls(**content)
         if manifest.sha256 != expected:
-            raise ValueError(f"{name} has sha256 {manifest.sha256}, but says {expected}: it was changed")
+            raise UserError(f"{name} has sha256 {manifest.sha256}, but says {expected}: it was changed")
         return manifest
 
     def check(
@@ -83,28 +84,28 @@ class Manifest:
             labels: classes of the train split, (N,).
 
         Raises:
-            ValueError: another data set, an image that is not there or is listed twice, or classes that are not those
+            UserError: another data set, an image that is not there or is listed twice, or classes that are not those
                 counted.
         """
         if fingerprint is not None and fingerprint != self.fingerprint:
-            raise ValueError(f"the manifest is of data set {self.fingerprint}; allowed: {fingerprint}, this one")
+            raise UserError(f"the manifest is of data set {self.fingerprint}; allowed: {fingerprint}, this one")
         listed = np.sort(np.array([*self.indices, *self.validation], dtype=np.int64))
         if (twice := listed[1:][listed[1:] == listed[:-1]]).size:
-            raise ValueError(f"the manifest lists image {twice[0]} twice; allowed: once, to train or to validate on")
+            raise UserError(f"the manifest lists image {twice[0]} twice; allowed: once, to train or to validate on")
         if num_images is None:
             num_images = None if labels is None else len(labels)
         if num_images is not None and listed.size and not 0 <= listed[0] <= listed[-1] < num_images:
             outside = listed[-1] if listed[0] >= 0 else listed[0]
-            raise ValueError(f"the manifest lists image {outside}; allowed: 0 to {num_images - 1}")
+            raise UserError(f"the manifest lists image {outside}; allowed: 0 to {num_images - 1}")
         if labels is None:
             return
         trained = labels[np.array(self.indices, dtype=np.int64)]
         counts = np.bincount(trained, minlength=len(self.counts)).tolist()
         if len(counts) > len(self.counts):
-            raise ValueError(f"the manifest counts {len(self.counts)} classes; allowed: {len(counts)}, as labels have")
+            raise UserError(f"the manifest counts {len(self.counts)} classes; allowed: {len(counts)}, as labels have")
         for k, (said, found) in enumerate(zip(self.counts, counts, strict=True)):
             if said != found:
-                raise ValueError(f"the manifest counts {said} images of class {k}; allowed: {found}, by their labels")
+                raise UserError(f"the manifest counts {said} images of class {k}; allowed: {found}, by their labels")
 
 
 def carve_validation(
@@ -174,16 +175,16 @@ def build_manifest(
         grouping: rule of `groups_of`, with its `bounds`; the groups of the profile if not given.
 
     Raises:
-        ValueError: a class without a training image, or parameters that the profile does not allow.
+        UserError: a class without a training image, or parameters that the profile does not allow.
     """
     if profile not in PROFILES:
-        raise ValueError(f"profile is {profile!r}; allowed: {', '.join(PROFILES)}")
+        raise UserError(f"profile is {profile!r}; allowed: {', '.join(PROFILES)}")
     num_classes = len(class_names)
     pool, validation = carve_validation(labels, num_classes, fraction=val_fraction, seed=seed)
     sizes = np.bincount(labels[pool], minlength=num_classes)
     if not sizes.all():
         k = int(np.argmin(sizes))
-        raise ValueError(
+        raise UserError(
             f"class {k} ({class_names[k]!r}) has no image in the train split; allowed: 1 or more of every class"
         )
     arguments = dict(parameters)
@@ -206,7 +207,7 @@ def choose_images(config: TrainConfig, split: ImageSplit) -> Manifest:
     """The images of a run: those of the manifest given, or those that an imbalance profile chooses.
 
     Raises:
-        ValueError: a manifest of another data set, parameters that the profile does not allow, or no validation images
+        UserError: a manifest of another data set, parameters that the profile does not allow, or no validation images
             to select by.
     """
     if config.manifest is not None:
@@ -223,5 +224,5 @@ def choose_images(config: TrainConfig, split: ImageSplit) -> Manifest:
             **config.only("val_fraction", "seed", "grouping"),
         )
     if config.select == "best" and not manifest.validation:
-        raise ValueError("select is 'best' without a validation image; allowed: 'last'")
+        raise UserError("select is 'best' without a validation image; allowed: 'last'")
     return manifest

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from nc_probe import CollapseReport, NCProbe
+from recipes.errors import user_errors
 from recipes.results.accuracy import Evaluation, accuracies, evaluate, recalls
 from recipes.results.figures import save_figures
 from recipes.training.checkpoint import append_line, save_checkpoint, to_json, write_text
@@ -107,7 +108,8 @@ def _evaluate(run: Run, split: str, probe: NCProbe | None = None) -> Evaluation:
 def _probe_training_images(run: Run) -> tuple[Evaluation, CollapseReport]:
     """Measure neural collapse on the training images as they are."""
     evaluation = _evaluate(run, "train", run.probe)
-    run.report = run.probe.compute()
+    with user_errors():
+        run.report = run.probe.compute()
     return evaluation, run.report
 
 

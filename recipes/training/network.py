@@ -7,6 +7,7 @@ from timm.data.model_config import resolve_input_data_config
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 
+from recipes.errors import user_errors
 from recipes.imbalance.classifiers import second_stage
 from recipes.settings.config import TrainConfig
 from recipes.training.checkpoint import create_model
@@ -22,7 +23,7 @@ class Network:
         data_config: preprocessing of its images, as `timm.data` resolves it.
 
     Raises:
-        ValueError: a model that cannot be built, or that does not fit the data set.
+        UserError: a model that cannot be built, or that does not fit the data set.
     """
 
     def __init__(self, config: TrainConfig, num_classes: int, accelerator: Accelerator):
@@ -35,9 +36,9 @@ class Network:
             self._ema = ModelEmaV3(self.net, decay=config.ema_decay, use_warmup=True)
         self._unsharded = plain_twin(self.net, accelerator)
         self.measured = self._unsharded if self._ema is None else self._ema.module
-        self.data_config = resolve_input_data_config(
-            self.net, config.only("img_size", "mean", "std", "interpolation", "crop_pct")
-        )
+        settings = config.only("img_size", "mean", "std", "interpolation", "crop_pct")
+        with user_errors():
+            self.data_config = resolve_input_data_config(self.net, settings)
 
     @property
     def average(self) -> nn.Module | None:

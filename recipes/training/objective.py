@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from recipes.errors import UserError
 from recipes.imbalance.losses import Loss, create_loss
 from recipes.settings.config import TrainConfig
 from recipes.settings.contradictions import SCALE
@@ -19,7 +20,7 @@ def create_criterion(config: TrainConfig, counts: Sequence[int]) -> Loss:
         counts: training images of each class, (K,).
 
     Raises:
-        ValueError: an argument that the loss does not have, or does not allow.
+        UserError: an argument that the loss does not have, or does not allow.
     """
     arguments = dict(config.loss_args)
     if config.loss == "ldam":  # its margins are those of the classifier's cosines
@@ -39,7 +40,7 @@ class Objective:
         correction_at: steps of the solver whose iterates are corrected too; none if empty.
 
     Raises:
-        ValueError: the model has no equilibrium to penalise, or not exactly one to correct, or is
+        UserError: the model has no equilibrium to penalise, or not exactly one to correct, or is
             sharded, where these aids have not been shown to be right.
     """
 
@@ -48,13 +49,13 @@ class Objective:
     ):
         layers = sum(isinstance(module, Equilibrium) for module in net.modules())
         if jacobian_weight and not layers:
-            raise ValueError(f"jacobian_weight is {jacobian_weight}; allowed: 0 for a model without an equilibrium")
+            raise UserError(f"jacobian_weight is {jacobian_weight}; allowed: 0 for a model without an equilibrium")
         if correction_at and layers != 1:
-            raise ValueError(
+            raise UserError(
                 f"correction_at is {list(correction_at)}; allowed: none for a model with {layers} equilibria, not 1"
             )
         if (jacobian_weight or correction_at) and any(isinstance(module, FSDPModule) for module in net.modules()):
-            raise ValueError("jacobian_weight and correction_at are not allowed for a sharded model")
+            raise UserError("jacobian_weight and correction_at are not allowed for a sharded model")
         self.criterion, self.jacobian_weight = criterion, jacobian_weight
         self.penalty = JacobianPenalty(net) if jacobian_weight else None
         self.correction = FixedPointCorrection(net, at=correction_at) if correction_at else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from recipes.errors import UserError
 from recipes.settings.config import TrainConfig
 from recipes.training.checkpoint import draft_of, new_folder, remove_folder, to_json, whole_folder, write_text
 from recipes.training.state import Progress, list_states, read_state, state_name
@@ -29,10 +30,10 @@ class Start:
         """Refuse to go on with other images than those of the checkpoint, whose manifest has another hash.
 
         Raises:
-            ValueError: the data set has changed.
+            UserError: the data set has changed.
         """
         if self.state and (before := read_state(self.state)["manifest"]) != manifest:
-            raise ValueError(
+            raise UserError(
                 f"the images chosen have sha256 {manifest}, which was {before}; allowed: the data set as it was"
             )
 
@@ -92,7 +93,7 @@ def find_start(config: TrainConfig, conditions: Mapping[str, Any]) -> Start:
         conditions: what else must be as it was, by name; JSON.
 
     Raises:
-        ValueError: the folder exists and may not be touched, there is no such checkpoint, or the run that is to go on
+        UserError: the folder exists and may not be touched, there is no such checkpoint, or the run that is to go on
             had other settings.
     """
     folder = Path(config.output)
@@ -106,11 +107,11 @@ def find_start(config: TrainConfig, conditions: Mapping[str, Any]) -> Start:
         compare(config, conditions, content, config.resume)
         best = state.with_name(state_name(content["progress"]["best_updates"]))
         if config.select == "best" and not best.exists():
-            raise ValueError(f"{str(best)!r}, the checkpoint of the best epoch, is not there; allowed: one beside it")
+            raise UserError(f"{str(best)!r}, the checkpoint of the best epoch, is not there; allowed: one beside it")
         return Start(folder, state, new)
     settings = folder / "config.yaml"
     if not settings.is_file():
-        raise ValueError(
+        raise UserError(
             f"output {config.output!r} exists and has no config.yaml; allowed: the folder of a run, or none"
         )
     state = next(reversed(list_states(folder / "states")), None)
@@ -130,7 +131,7 @@ def compare(config: TrainConfig, conditions: Mapping[str, Any], content: Mapping
         if name not in FREE and mine.get(name, missing) != theirs.get(name, missing)
     ]
     if differing:
-        raise ValueError(
+        raise UserError(
             f"the run of {where!r} had other settings: {'; '.join(differing)}; allowed: the same, but for "
             f"{', '.join(FREE)}"
         )

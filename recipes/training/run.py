@@ -92,7 +92,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
     """Build the parts of a run, refuse what does not fit, and only then make the run folder and decode images.
 
     Raises:
-        ValueError: settings that do not fit together, the data set or the model.
+        UserError: settings that do not fit together, the data set or the model.
     """
     started = time.perf_counter()
     images = RunImages(config, accelerator)

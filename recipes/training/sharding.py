@@ -16,12 +16,14 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from recipes.errors import UserError
+
 
 def start_accelerator(**settings: Any) -> Accelerator:
     """An Accelerator with these settings, and with FSDP2 wherever `accelerate launch --use_fsdp` asks for it.
 
     Raises:
-        ValueError: FSDP1 is asked for, which has no shards to save by parameter.
+        UserError: FSDP1 is asked for, which has no shards to save by parameter.
     """
     accelerator = Accelerator(**settings)
     if accelerator.num_processes == 1 and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -35,7 +37,7 @@ def start_accelerator(**settings: Any) -> Accelerator:
     state: Any = accelerator.state
     plugin = getattr(state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
-        raise ValueError(f"fsdp_version is {plugin.fsdp_version}; allowed: 2, by --fsdp_version 2")
+        raise UserError(f"fsdp_version is {plugin.fsdp_version}; allowed: 2, by --fsdp_version 2")
     # All ranks build the same weights from the seed. Loading them from one fails in accelerate 1.15 on models with
     # buffers, for which it expects shards.
     plugin.cpu_ram_efficient_loading = False

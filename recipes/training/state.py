@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from recipes.errors import UserError
 from recipes.training.checkpoint import draft_of, publish, remove_folder, write_tensors, write_text
 from recipes.training.sharding import shard_like, whole
 
@@ -184,19 +185,19 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Content of `state.json`.
 
     Raises:
-        ValueError: the folder is not a checkpoint.
+        UserError: the folder is not a checkpoint.
     """
     try:
         return json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{str(folder)!r} is no checkpoint: {error}; allowed: a folder of RUN/states") from None
+        raise UserError(f"{str(folder)!r} is no checkpoint: {error}; allowed: a folder of RUN/states") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error}; allowed: a safetensors file") from None
+        raise UserError(f"{str(path)!r} cannot be read: {error}; allowed: a safetensors file") from None
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from accelerate.tracking import get_available_trackers
 
+from recipes.errors import UserError
+
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
 
 
@@ -15,11 +17,11 @@ def check_tracker(name: str | None) -> None:
     """Refuse a tracker whose package is not installed, which accelerate would leave out without a word.
 
     Raises:
-        ValueError: it is not installed.
+        UserError: it is not installed.
     """
     if name is not None and name not in map(str, get_available_trackers()):
         package = " or ".join(PACKAGES[name])
-        raise ValueError(f"tracker {name!r} needs the package {package}; allowed: none, or after pip install {package}")
+        raise UserError(f"tracker {name!r} needs the package {package}; allowed: none, or after pip install {package}")
 
 
 def start_tracker(accelerator: Any, name: str | None, folder: Path, settings: Mapping[str, Any], updates: int) -> None:

@@ -18,10 +18,11 @@ from timm.models import save_for_hf
 from torch import nn
 
 from recipes import train
-from recipes.evaluate import main, table
+from recipes.evaluate import main
 from recipes.images.sources import digits
 from recipes.results.accuracy import accuracies, evaluate, recalls
 from recipes.results.figures import anytime_figure
+from recipes.training.evaluation import table
 from timm_deq import Equilibrium, SolveLog
 
 pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")

@@ -16,10 +16,12 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
-from recipes import probe, train
+from recipes import train
 from recipes.images.sources import digits
-from recipes.probe import main, named_group
+from recipes.probe import main
 from recipes.results.figures import sample_evenly, tsne_figure
+from recipes.training import probing
+from recipes.training.probing import named_group
 from timm_deq import Equilibrium
 
 pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
@@ -73,7 +75,7 @@ def collapse(folder):
 
 def test_a_run_is_measured_on_the_images_that_it_chose(images, run, tmp_path, capsys, monkeypatch):
     drawn = []
-    monkeypatch.setattr(probe, "tsne_figure", lambda *of, **how: drawn.append((of, how)) or tsne_figure(*of, **how))
+    monkeypatch.setattr(probing, "tsne_figure", lambda *of, **how: drawn.append((of, how)) or tsne_figure(*of, **how))
     out = tmp_path / "new" / "x"
     words = "--layers stages --iterates --conventions papyan2020 fang2021 --output".split()
     assert main([str(run), *words, str(out)]) == 0

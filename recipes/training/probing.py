@@ -1,0 +1,169 @@
+"""The neural collapse of a trained model on a split of images."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import tqdm
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from nc_probe import CollapseReport, NCProbe
+from nc_probe.plots import plot_angles, plot_depth, plot_grams, plot_iterates
+from recipes.errors import UserError, user_errors
+from recipes.images.views import ImageView
+from recipes.imbalance.profiles import Groups, two_group
+from recipes.results.accuracy import sum_over_ranks
+from recipes.results.figures import sample_evenly, tsne_figure
+from recipes.training.subject import Subject
+
+# t-SNE of more samples takes minutes, and shows no more.
+TSNE_SAMPLES = 2000
+
+
+def chosen_images(subject: Subject) -> np.ndarray:
+    """Rows of the split to measure on: of the split that a run was trained on those that it chose, else all.
+
+    Raises:
+        UserError: the data set is not the one that the run was trained on, though nothing else was asked for.
+    """
+    images, manifest, config = subject.images, subject.manifest, subject.config
+    everything = np.arange(len(images.labels))
+    if manifest is None or images.name != config.train_split:
+        return everything
+    if manifest.fingerprint == images.fingerprint:
+        return np.asarray(manifest.indices)
+    if "dataset" in subject.args:
+        return everything
+    raise UserError(
+        f"split {images.name!r} of data set {config.dataset!r} has changed since {subject.name!r} was trained on it; "
+        "allowed: the same images, another split, or a dataset named by --dataset"
+    )
+
+
+def chosen_groups(subject: Subject) -> Groups:
+    """The groups that flags name, or those of the run; none of them is empty.
+
+    Raises:
+        UserError: flags that name no groups, or classes that are not there.
+    """
+    args, groups = subject.args, {} if subject.manifest is None else subject.manifest.groups
+    if args.groups and args.majority:
+        raise UserError(f"groups is {args.groups} beside majority {args.majority}; allowed: one of them")
+    if args.majority:
+        majority = args.majority[0] if len(args.majority) == 1 else args.majority
+        _, groups = two_group(np.ones(subject.num_classes, dtype=int), majority=majority, ratio=1)
+    elif args.groups:
+        groups = dict(map(named_group, args.groups))
+    return {name: classes for name, classes in groups.items() if classes}
+
+
+def named_group(word: str) -> tuple[str, list[int]]:
+    """The group that a word such as `few=0-2,5` names.
+
+    Raises:
+        UserError: it names none.
+    """
+    name, _, listed = word.partition("=")
+    classes = []
+    try:
+        for part in listed.split(","):
+            first, _, last = part.partition("-")
+            classes += range(int(first), int(last or first) + 1)
+    except ValueError:
+        classes = []
+    if not name or not classes:
+        raise UserError(f"groups has {word!r}; allowed: NAME=CLASSES, with classes such as 0-2,5")
+    return name, classes
+
+
+def create_probe(subject: Subject, indices: np.ndarray, groups: Groups) -> NCProbe:
+    """A probe of the model as the flags ask for it.
+
+    Args:
+        indices: rows of the split to measure on.
+
+    Raises:
+        UserError: a layer, a head, a centre or a convention that there is not.
+    """
+    args = subject.args
+    cache_mib = 0 if args.second_pass else 1024 if args.cache_mib is None else args.cache_mib
+    with user_errors():
+        return NCProbe(
+            subject.net,
+            groups=groups,
+            center=args.center,
+            class_counts=np.bincount(subject.images.labels[indices], minlength=subject.num_classes).tolist(),
+            num_classes=subject.num_classes,
+            head=args.head,
+            layers="stages" if list(args.layers) == ["stages"] else args.layers,
+            iterates=args.iterates,
+            conventions=args.conventions,
+            cache_bytes=cache_mib * 2**20,
+        )
+
+
+def measure(subject: Subject, probe: NCProbe, loader: DataLoader) -> CollapseReport:
+    """Show the images to the model, twice if asked for, and measure.
+
+    Raises:
+        UserError: features that cannot be measured, such as those of broken weights.
+    """
+    with user_errors():
+        with probe:
+            _show(subject, probe, tqdm(loader, desc="images", unit="batch", leave=False))
+        if subject.args.second_pass:
+            with probe.second_pass():
+                _show(subject, probe, tqdm(loader, desc="images again", unit="batch", leave=False))
+        return probe.compute()
+
+
+@torch.no_grad()
+def _show(subject: Subject, probe: NCProbe, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Show the images of this rank to the model, and their classes to the probe that is attached to it."""
+    accelerator = subject.accelerator
+    for images, labels in batches:
+        with accelerator.autocast():
+            subject.net(images.to(accelerator.device, non_blocking=True))
+        probe.update(labels)
+
+
+def sample_features(
+    subject: Subject, probe: NCProbe, loader: DataLoader, report: CollapseReport
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Features (n, d) float32 and classes (n,) of some images, the same on any number of ranks; None if not kept.
+
+    Every rank fills in the images that it has seen, and the sum over ranks is all of them.
+    """
+    assert report.means is not None and isinstance(loader.dataset, ImageView)
+    labels = loader.dataset.labels
+    chosen = sample_evenly(labels, TSNE_SAMPLES, seed=subject.config.seed)
+    found = torch.zeros(len(chosen), report.means.shape[1] + 1)  # the last column marks the images that were seen
+    for positions, (features, _) in zip(loader.batch_sampler or (), probe.kept(), strict=False):
+        inside = np.flatnonzero(np.isin(positions, chosen))
+        rows = np.searchsorted(chosen, np.asarray(positions)[inside])
+        found[rows, :-1] = features[inside].float()
+        found[rows, -1] = 1
+    found = sum_over_ranks(subject.accelerator, found.to(subject.accelerator.device)).cpu().numpy()
+    return (found[:, :-1], labels[chosen]) if found[:, -1].all() else None
+
+
+def figures(
+    subject: Subject, report: CollapseReport, sample: tuple[np.ndarray, np.ndarray] | None, groups: Groups
+) -> dict[str, Figure]:
+    """Figures of what was measured, by name; none of what was not."""
+    order, title = "group" if groups else "frequency", subject.title
+    names: Sequence[str] = subject.images.class_names
+    found = {"gram": plot_grams(report, order=order, class_names=names, title=f"{title}: cosines between classes")}
+    if len(report.classes) > 1:
+        found["angles"] = plot_angles(report, title=f"{title}: angles between classes")
+    if report.layers:
+        found["depth"] = plot_depth(report, title=f"{title}: collapse against depth")
+    if report.iterates:
+        found["iterates"] = plot_iterates(report, title=f"{title}: collapse as the solver goes on")
+    if sample is not None and len(sample[0]) > 3:
+        named: dict[str, Any] = {"groups": groups, "class_names": names, "seed": subject.config.seed}
+        found["tsne"] = tsne_figure(*sample, **named, title=f"{title}: t-SNE of {len(sample[0])} features")
+    return found
