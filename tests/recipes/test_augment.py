@@ -184,15 +184,26 @@ def test_cutout_is_a_clipped_square(size):
     assert chi_square(Augmentation(cutout=1).choose(0, DRAWS, 4, 6)[:, [3, 5]] @ [6, 1], 24) < 5
 
 
-def test_a_workers_cutout_is_the_same_square():
+@pytest.mark.parametrize(("size", "before", "after"), [(1, 0, 0), (2, 1, 0), (3, 1, 1), (4, 2, 1)])
+def test_both_cutouts_are_a_square_of_that_side(size, before, after):
+    """Pixels before and after the centre; of an even number, the odd one is before, as DeVries & Taylor have it."""
     torch.manual_seed(0)
-    images = [Cutout(3)(torch.ones(2, 6, 9)) for _ in range(300)]
+    images = [Cutout(size)(torch.ones(2, 6, 9)) for _ in range(200)]
     torch.manual_seed(0)
+    areas = set()
     for image in images:
         y, x = int(torch.randint(6, ())), int(torch.randint(9, ()))
         wanted = torch.ones(2, 6, 9)
-        wanted[:, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2] = 0
+        wanted[:, max(y - before, 0) : y + after + 1, max(x - before, 0) : x + after + 1] = 0
         assert torch.equal(image, wanted)
+        areas.add(int((wanted[0] == 0).sum()))
+    boxes = Augmentation(cutout=size).choose(0, DRAWS, 6, 9)[:, 3:7]
+    top, bottom, left, right = boxes.T
+    assert max(areas) == ((bottom - top) * (right - left)).max() == size**2
+    for first, last, side in ((top, bottom, 6), (left, right, 9)):  # over all centres
+        assert set(first) == set(range(side - before)) and set(last) == set(range(after + 1, side + 1))
+        pixels = sum(min(before, centre) + 1 + min(after, side - 1 - centre) for centre in range(side))
+        assert (last - first).mean() == pytest.approx(pixels / side, abs=0.03)
 
 
 @pytest.fixture

@@ -176,6 +176,18 @@ def test_groups_go_by_size_and_none_is_empty():
     assert groups_of(np.arange(3), "quantiles") == {"many": [2], "medium": [1], "few": [0]}
 
 
+@pytest.mark.parametrize(
+    ("bounds", "few", "many"),
+    [((0.5, 0.9), 5, 1), ((0.3, 0.7), 3, 3), ((0.1, 0.8), 1, 2), ((0.7, 0.7), 7, 3), ((0.29, 0.91), 2, 0)],
+)
+def test_shares_of_ten_classes_are_whole_classes(bounds, few, many):
+    """By hand: 0.5 of ten classes are the 5 smallest, and above 0.9 is the largest, though 1 - 0.9 is below 0.1."""
+    by_size = [7, 2, 9, 0, 4, 1, 8, 3, 6, 5]
+    counts = [3 + 10 * by_size.index(k) for k in range(10)]
+    parts = {"many": by_size[10 - many :] if many else [], "medium": by_size[few : 10 - many], "few": by_size[:few]}
+    assert groups_of(counts, "quantiles", bounds) == {name: sorted(part) for name, part in parts.items() if part}
+
+
 # Liu et al. (2019) and Cao et al. (2019): CIFAR-100-LT at ratio 100 has 35, 35 and 30 classes in the groups.
 def test_groups_of_cifar_100_lt_are_the_published_ones():
     groups = exponential(CIFAR100, ratio=100)[1]

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from datasets import load_from_disk
 from few_digits import save_few_digits
 from safetensors.torch import load_file
 
@@ -144,6 +146,57 @@ def test_ranks_share_out_what_the_sampler_asks_for(resumed, sampler):
     draws = np.array(list(json.loads((straight / "results.json").read_text())["draws_per_class"].values()))
     assert draws.tolist() == np.bincount(LABELS, total).tolist()
     assert np.abs(draws - SAMPLERS[sampler]).max() < 2
+
+
+@pytest.mark.parametrize("average", [False, True], ids=["weights", "average"])
+def test_batch_statistics_are_the_mean_of_those_of_the_ranks(words, tmp_path, average):
+    """By hand, of weights that a learning rate of 1e-30 leaves as they are.
+
+    In training every forward pass begins with the statistics of rank 0, as DDP has it; so at the end of an epoch those
+    of the ranks differ by their last batches, or more in a moving average, and are reduced to their mean.
+    """
+    folder, kept = tmp_path / "run", 0.3
+    flags = "--model test_resnet --lr 1e-30 --weight_decay 0 --sched constant --warmup_epochs 0 --crop_pad 0 --epochs 2"
+    flags += f" --probe_every 0 --keep_checkpoints 99 {f'--ema_decay {kept}' if average else ''}"
+    run = {"words": ["--output", str(folder), *words, *flags.split()], "watched": True}
+    ((mine, yours),) = launch(tmp_path / "launch", [run])
+    assert [mine["code"], yours["code"]] == [0, 0] and len(mine["seen"]) == len(yours["seen"]) == 8
+
+    net = timm.create_model("test_resnet", num_classes=4)
+    net.load_state_dict(timm.create_model(f"local-dir:{folder / 'checkpoint'}", pretrained=True).state_dict())
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
+    pictures = load_from_disk(words[1])["train"]["image"]
+    mean, std = (torch.tensor(net.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+
+    def after(statistics, numbers):
+        """Statistics after a forward pass in training."""
+        pixels = [torch.from_numpy(np.array(pictures[i].convert("RGB"))).permute(2, 0, 1) / 255 for i in numbers]
+        net.load_state_dict(statistics, strict=False)
+        net.train()((torch.stack(pixels) - mean) / std)
+        return {name: value.clone() for name, value in net.named_buffers() if "running" in name}
+
+    statistics = {name: value.clone() for name, value in net.named_buffers() if "running" in name}
+    measured = statistics
+    for epoch in range(2):
+        averages = [measured, measured]
+        for k in range(4 * epoch, 4 * epoch + 4):
+            ranks = [after(statistics, rank["seen"][k]["images"]) for rank in (mine, yours)]
+            statistics = ranks[0]
+            keep = kept if average and k else 0.0  # 1 - 2^(-2/3), which the warmup allows at the second, is more
+            averages = [
+                {name: keep * value + (1 - keep) * rank[name] for name, value in one.items()}
+                for one, rank in zip(averages, ranks, strict=True)
+            ]
+        measured = {name: (value + averages[1][name]) / 2 for name, value in averages[0].items()}
+        statistics = statistics if average else measured
+        part = ".average." if average else ".model."
+        saved = load_file(folder / "states" / f"{4 * epoch + 4:08d}" / "state.safetensors")
+        for name, value in measured.items():
+            torch.testing.assert_close(saved[part + name], value, rtol=1e-4, atol=1e-5)
+        gap = max((value - averages[1][name]).abs().max() for name, value in averages[0].items())
+        assert gap > 0.01  # so that the mean is told from those of one rank
 
 
 # A model without BatchNorm, whose gradient is a mean over images, so that it cannot depend on how a batch is cut.
