@@ -1,10 +1,13 @@
 import copy
 import json
+import re
 
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
 from timm.models import save_for_hf
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.utils import ModelEmaV3
 
 import timm_deq
@@ -65,8 +68,8 @@ def test_the_twin_has_the_same_encoder_and_head(name):
 @pytest.mark.parametrize("name", ["deq_resnet18", "deq_resnet50"])
 def test_stage_4_is_initialised_as_he_et_al_and_its_branch_starts_small(name):
     """Convolutions by N(0, 2 / fan_out), the last normalisation of the branch at 0.1, every other one at 1 and 0."""
-    stage = model(name).layer4
-    last = [m for m in equilibrium(model(name)).cell.branch if isinstance(m, torch.nn.GroupNorm)][-1]
+    net = model(name)
+    stage, last = net.layer4, equilibrium(net).cell.branch[-1]
     convolutions = [m for m in stage.modules() if isinstance(m, torch.nn.Conv2d)]
     assert len(convolutions) == {"deq_resnet18": 3, "deq_resnet50": 4}[name]
     for conv in convolutions:
@@ -92,6 +95,99 @@ def test_out_norm(kind):
         assert torch.equal(
             net.norm(net.forward_intermediates(IMAGES, indices=[4], intermediates_only=True)[0]), features
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("deq_resnet18", {}),
+        ("deq_resnet50", {"output_stride": 8}),
+        ("deq_resnet18", {"act_layer": "silu", "norm_layer": "groupnorm", "output_stride": 16, "drop_path_rate": 0.2}),
+    ],
+    ids=["plain", "dilated bottleneck", "other layers"],
+)
+def test_the_twin_is_the_resnet_of_timm(name, settings):
+    """Equal logits from equal weights, and the same stochastic depth: the encoder and stage 4 of timm's own ResNet."""
+    twin = model(name, equilibrium=False, num_classes=5, **settings)
+    block, layers = (Bottleneck, (3, 4, 6, 3)) if name == "deq_resnet50" else (BasicBlock, (2, 2, 2, 2))
+    resnet = ResNet(block, layers, num_classes=5, **settings)
+    resnet.load_state_dict(twin.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(twin.eval()(images), resnet.eval()(images))
+    paths = [[m.drop_prob for m in net.modules() if isinstance(m, DropPath)] for net in (twin, resnet)]
+    assert paths[0] == pytest.approx(paths[1]) and len(paths[0]) == (7 if "drop_path_rate" in settings else 0)
+    assert twin.feature_info == resnet.feature_info
+
+
+@pytest.mark.parametrize("name", ["deq_resnet18", "deq_resnet50", "deq_resnet18_cifar"])
+def test_output_stride_and_activation_of_the_equilibrium(name):
+    full = 8 if "cifar" in name else 32
+    images = torch.randn(1, 3, 2 * full, 2 * full)
+    for divisor in (1, 2, 4):
+        net = model(name, output_stride=full // divisor, act_layer="silu", max_steps=2).eval()
+        assert net.forward_features(images).shape[2:] == (2 * divisor, 2 * divisor)
+        assert net.feature_info[-1]["reduction"] == full // divisor
+        cell = equilibrium(net).cell
+        wide = [m for m in cell.branch if isinstance(m, torch.nn.Conv2d) and m.kernel_size[0] == 3]
+        assert {m.dilation for m in wide} == {(divisor, divisor)}
+        assert not any(isinstance(m, torch.nn.ReLU) for m in net.modules())
+    assert model(name).state_dict().keys() == net.state_dict().keys()
+
+
+def test_the_branch_gain_is_an_argument():
+    assert equilibrium(model(branch_gain=0.5)).cell.branch[-1].weight.unique().item() == 0.5
+
+
+def resnet_weights(name="resnet18", **kwargs):
+    torch.manual_seed(3)
+    net = timm.create_model(name, **kwargs)
+    with torch.no_grad():
+        for value in net.state_dict().values():
+            if value.is_floating_point():
+                value.normal_()
+    return net.state_dict()
+
+
+def test_the_encoder_takes_the_weights_of_timm_s_resnet(tmp_path):
+    weights = resnet_weights()
+    torch.save(weights, tmp_path / "resnet18.pth")
+    overlay = {"file": str(tmp_path / "resnet18.pth")}
+    fresh = model("deq_resnet18").state_dict()
+    loaded = model("deq_resnet18", pretrained=True, pretrained_cfg_overlay=overlay).state_dict()
+    for key, value in loaded.items():
+        encoder = key.startswith(("conv1", "bn1", "layer1", "layer2", "layer3"))
+        assert torch.equal(value, (weights if encoder else fresh)[key]), key
+    twin = model("deq_resnet18", equilibrium=False, pretrained=True, pretrained_cfg_overlay=overlay).state_dict()
+    assert twin.keys() == weights.keys() and all(torch.equal(twin[key], weights[key]) for key in twin)
+
+
+def test_the_encoder_takes_them_with_other_classes_channels_and_norm(tmp_path):
+    """timm drops a classifier of other classes and adapts the first convolution itself."""
+    weights = resnet_weights("resnet50")
+    torch.save(weights, tmp_path / "resnet50.pth")
+    settings = {"num_classes": 7, "in_chans": 1, "out_norm": "batch_relu"}
+    overlay = {"file": str(tmp_path / "resnet50.pth")}
+    net = model("deq_resnet50", pretrained=True, pretrained_cfg_overlay=overlay, **settings)
+    torch.testing.assert_close(net.conv1.weight, weights["conv1.weight"].sum(dim=1, keepdim=True))
+    assert torch.equal(net.layer3[5].conv3.weight, weights["layer3.5.conv3.weight"])
+    assert torch.equal(net.fc.weight, model("deq_resnet50", **settings).fc.weight)
+
+
+def test_weights_of_another_stem_are_refused(tmp_path):
+    torch.save(resnet_weights(), tmp_path / "resnet18.pth")
+    with pytest.raises(RuntimeError, match="size mismatch for conv1.weight"):
+        model("deq_resnet18_cifar", pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "resnet18.pth")})
+
+
+def test_a_batch_norm_saved_under_its_former_name_is_found(tmp_path):
+    net = model(out_norm="batch_relu")
+    net.norm.weight.data.normal_()
+    former = {re.sub(r"^norm\.", "norm.0.", key): value for key, value in net.state_dict().items()}
+    torch.save(former, tmp_path / "former.pth")
+    overlay = {"file": str(tmp_path / "former.pth")}
+    loaded = model(out_norm="batch_relu", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(loaded.norm.weight, net.norm.weight)
 
 
 def test_the_features_are_an_equilibrium():
@@ -147,6 +243,7 @@ def test_the_settings_reach_the_equilibrium():
         ({"min_steps": 0}, ValueError, "min_steps must be at least 1, got 0"),
         ({"tol": -1}, ValueError, "tol must be above 0, got -1"),
         ({"out_norm": "layer"}, ValueError, "out_norm must be one of none, group, batch_relu, got 'layer'"),
+        ({"output_stride": 16}, ValueError, r"output_stride must be one of \(2, 4, 8\), got 16"),
         ({"tolerance": 1}, TypeError, "tolerance"),
     ],
 )

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_module
+from timm.layers import BatchNormAct2d, GroupNormAct, register_notrace_module
 from timm.models._input import update_model_args
 from torch import nn
 
@@ -168,9 +168,9 @@ def create_out_norm(
     if out_norm == "none":
         return nn.Identity()
     if out_norm == "group":
-        return nn.GroupNorm(num_groups, channels, **dd)
+        return GroupNormAct(channels, num_groups, apply_act=False, **dd)
     if out_norm == "batch_relu":
-        return nn.Sequential(nn.BatchNorm2d(channels, **dd), nn.ReLU())
+        return BatchNormAct2d(channels, **dd)
     raise ValueError(f"out_norm must be one of none, group, batch_relu, got {out_norm!r}")
 
 

@@ -1,117 +1,41 @@
 """DEQ-ResNet: a ResNet whose last stage is an equilibrium, and its explicit twin.
 
-The encoder is a ResNet's stem and stages 1 to 3 (He et al., CVPR 2016) and gives the features H0. In place of stage 4
-stands a deep equilibrium (Bai, Kolter & Koltun, NeurIPS 2019): H0 is injected into a cell
+The encoder is a ResNet's stem and stages 1 to 3 (He et al., CVPR 2016) and gives the features H0. Stage 4 is a deep
+equilibrium (Bai, Kolter & Koltun, NeurIPS 2019): H0 is injected into a cell
 
     f(z, x) = GN(ReLU(z + GN(conv(ReLU(GN(conv(z))))) + x)),    x = injection(H0),
 
 in the order of the residual block of multiscale DEQs (Bai, Koltun & Kolter, NeurIPS 2020), whose fixed point z* is
 pooled and classified. `equilibrium=False` builds ordinary stage-4 blocks instead: the explicit twin, with the same
 encoder, the same H0 and the same head, as in Sun & Shi, "Understanding Representation of Deep Equilibrium Models from
-Neural Collapse Perspective", NeurIPS 2024. What normalises the features before pooling shapes their geometry more than
-the choice between the two, so it is an argument of both: `out_norm`.
+Neural Collapse Perspective", NeurIPS 2024. The normalisation of the features before pooling shapes their geometry more
+than the choice between the two, so it is an argument of both: `out_norm`.
 """
 
+import re
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import create_classifier, get_device_dtype
-from timm.models._builder import build_model_with_cfg
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint_seq
-from timm.models._registry import generate_default_cfgs, register_model
-from timm.models.resnet import BasicBlock, Bottleneck, downsample_avg, downsample_conv, make_blocks
+from timm.layers import (
+    LayerType,
+    create_classifier,
+    get_act_layer,
+    get_device_dtype,
+    get_norm_layer,
+)
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices  # timm has no public name for it
+from timm.models.resnet import BasicBlock, Bottleneck, make_blocks
 from torch import Tensor, nn
 
-from timm_deq.dropout import VariationalDropout
-from timm_deq.equilibrium import Equilibrium
 from timm_deq.models._factory import create_equilibrium_args, create_out_norm
+from timm_deq.models._stage4 import EquilibriumStage, ResidualCell, create_equilibrium_stage, init_weights
 
-__all__ = ["DEQResNet"]
+__all__ = ["DEQResNet", "ResidualCell"]
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-
-
-class ResidualCell(nn.Module):
-    """The equilibrium cell: a residual block of two 3x3 convolutions, or a bottleneck of three, with input injection.
-
-    Its normalisation is by groups, because a batch statistic would make one sample's fixed point depend on another's
-    and change from step to step. The last normalisation of the residual branch starts at `BRANCH_GAIN`: the untrained
-    Jacobian then has a spectral radius below 0.8 (64 and 512 channels), where a gain of 1 gives 1 (`recipes/LOG.md`).
-
-    Args:
-        channels: Channels of the state.
-        width: Channels between the convolutions.
-        bottleneck: 1x1, 3x3, 1x1 convolutions instead of two 3x3.
-        num_groups: Groups of each normalisation.
-        drop_rate: Variational dropout of the residual branch.
-    """
-
-    BRANCH_GAIN = 0.1
-
-    def __init__(
-        self,
-        channels: int,
-        *,
-        width: int,
-        bottleneck: bool,
-        num_groups: int,
-        drop_rate: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        kernels = (1, 3, 1) if bottleneck else (3, 3)
-        layers: list[nn.Module] = []
-        in_channels = channels
-        for i, kernel in enumerate(kernels):
-            out_channels = channels if i == len(kernels) - 1 else width
-            layers.append(nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False, **dd))
-            layers.append(nn.GroupNorm(num_groups, out_channels, **dd))
-            layers.append(nn.ReLU())
-            in_channels = out_channels
-        self.branch = nn.Sequential(*layers[:-1])
-        self.drop = VariationalDropout(drop_rate) if drop_rate else nn.Identity()
-        self.norm = nn.GroupNorm(num_groups, channels, **dd)
-
-    def init_weights(self) -> None:
-        last_norm = self.branch[-1]
-        assert isinstance(last_norm, nn.GroupNorm)
-        nn.init.constant_(last_norm.weight, self.BRANCH_GAIN)
-
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """One step for a state z and an injected input x, both `(B, C, H, W)`."""
-        return self.norm(F.relu(z + self.drop(self.branch(z)) + x))
-
-
-class EquilibriumStage(nn.Module):
-    """Stage 4 as an equilibrium: H0 `(B, C, H, W)` is injected, once, at half the resolution `(B, C', H/2, W/2)`.
-
-    Args:
-        injection: Maps H0 to the shape of the state; runs once, outside the solve, so it may use batch statistics.
-        equilibrium: Finds the fixed point.
-    """
-
-    def __init__(self, injection: nn.Module, equilibrium: Equilibrium) -> None:
-        super().__init__()
-        self.injection = injection
-        self.equilibrium = equilibrium
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.equilibrium(self.injection(x))
-
-
-def _init_weights(root: nn.Module, *, zero_init_last: bool = True) -> None:
-    for module in root.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, ResidualCell):
-            module.init_weights()
-        elif zero_init_last and isinstance(module, (BasicBlock, Bottleneck)):
-            module.zero_init_last()
 
 
 class DEQResNet(nn.Module):
@@ -133,6 +57,11 @@ class DEQResNet(nn.Module):
         equilibrium: Whether stage 4 is an equilibrium; False builds the explicit twin.
         out_norm: Normalisation before pooling: "none", "group" or "batch_relu".
         num_groups: Groups of every GroupNorm.
+        branch_gain: Initial gain of the cell's residual branch, see :class:`ResidualCell`. The twin ignores it.
+        output_stride: Stride of the last features; stages beyond it are dilated. 8, 16 or 32; 2, 4 or 8 (the default)
+            with a small input.
+        act_layer: Activation of encoder, cell and twin.
+        norm_layer: Normalisation of the encoder, the injection and the twin; that of the cell is by groups.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
         solver_args: See :func:`timm_deq.models._factory.create_equilibrium_args`. The twin checks and ignores them,
@@ -161,12 +90,22 @@ class DEQResNet(nn.Module):
         equilibrium: bool = True,
         out_norm: str = "none",
         num_groups: int = 8,
+        branch_gain: float = 0.1,
+        output_stride: int | None = None,
+        act_layer: LayerType = nn.ReLU,
+        norm_layer: LayerType = nn.BatchNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **solver_args: Any,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        activation: Any = get_act_layer(act_layer)
+        normalisation: Any = get_norm_layer(norm_layer)
+        stem_stride = 1 if small_input else 4
+        output_stride = 8 * stem_stride if output_stride is None else output_stride
+        if output_stride not in (strides := tuple(stride * stem_stride for stride in (2, 4, 8))):
+            raise ValueError(f"output_stride must be one of {strides}, got {output_stride!r}")
         equilibrium_args = create_equilibrium_args(**solver_args)
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -177,16 +116,18 @@ class DEQResNet(nn.Module):
         # Stem
         kernel, stride = (3, 1) if small_input else (7, 2)
         self.conv1 = nn.Conv2d(in_chans, stem_width, kernel, stride=stride, padding=kernel // 2, bias=False, **dd)
-        self.bn1 = nn.BatchNorm2d(stem_width, **dd)
-        self.act1 = nn.ReLU(inplace=True)
+        self.bn1 = normalisation(stem_width, **dd)
+        self.act1 = activation(inplace=True)
         self.maxpool = nn.Identity() if small_input else nn.MaxPool2d(3, stride=2, padding=1)
         self.feature_info = [dict(num_chs=stem_width, reduction=stride, module="act1")]
 
         # Stages: make_blocks counts from a stem of stride 4
-        block_args = dd | {"drop_path_rate": drop_path_rate, "act_layer": nn.ReLU, "norm_layer": nn.BatchNorm2d}
+        net_stride = output_stride * 4 // stem_stride
+        layer_args = dd | {"act_layer": activation, "norm_layer": normalisation}
+        block_args = layer_args | {"drop_path_rate": drop_path_rate, "output_stride": net_stride}
         stages, feature_info = make_blocks((block,) * 4, channels, layers, stem_width, **block_args)
         for info in feature_info:
-            self.feature_info.append(dict(info, reduction=info["reduction"] // (4 if small_input else 1)))
+            self.feature_info.append(dict(info, reduction=info["reduction"] * stem_stride // 4))
         self.layer1, self.layer2, self.layer3, self.layer4 = (stage for _, stage in stages)
 
         # Head
@@ -197,28 +138,29 @@ class DEQResNet(nn.Module):
         # What the twins share is drawn before they part, so that one seed gives both the same encoder and classifier.
         self.init_weights(zero_init_last=zero_init_last)
         if equilibrium:
-            h0_channels, out_channels = (c * block.expansion for c in channels[2:])
-            bottleneck = block is Bottleneck
-            inject = downsample_avg if bottleneck else downsample_conv
-            injection = inject(h0_channels, out_channels, 1 if bottleneck else 3, stride=2, **dd)
-            cell_args = dd | {"bottleneck": bottleneck, "num_groups": num_groups, "drop_rate": cell_drop_rate}
-            cell = ResidualCell(out_channels, width=channels[3], **cell_args)
-            self.layer4 = EquilibriumStage(injection, Equilibrium(cell, **equilibrium_args))
-            _init_weights(self.layer4)
+            cell_args = {"num_groups": num_groups, "drop_rate": cell_drop_rate, "branch_gain": branch_gain}
+            self.layer4 = create_equilibrium_stage(
+                block, channels, net_stride, cell_args=cell_args, equilibrium_args=equilibrium_args, **layer_args
+            )
+            init_weights(self.layer4)
 
+    @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
         """Initialises convolutions and the gains of residual branches."""
-        _init_weights(self, zero_init_last=zero_init_last)
+        init_weights(self, zero_init_last=zero_init_last)
 
+    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group parameters by depth, for layer-wise learning rates."""
         blocks = [(r"^layer(\d+)\.(\d+)", None), (r"^layer(\d+)\.injection", (0,)), (r"^layer(\d+)\.equilibrium", (1,))]
         return dict(stem=r"^conv1|bn1", blocks=r"^layer(\d+)" if coarse else blocks)
 
+    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the explicit stages in the backward pass. An equilibrium needs no such thing."""
         self.grad_checkpointing = enable
 
+    @torch.jit.ignore
     def get_classifier(self, name_only: bool = False) -> str | nn.Module:
         """The classifier or its name."""
         return "fc" if name_only else self.fc
@@ -328,8 +270,23 @@ class DEQResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Lets the weights of a ResNet of timm into the encoder; those of this family pass.
+
+    The names match: `conv1`, `bn1` and `layer1` to `layer3`. An equilibrium and its classifier, which a ResNet does not
+    have, keep their initial weights; a twin takes `layer4` and `fc` too.
+    """
+    state_dict = {re.sub(r"^norm\.0\.", "norm.", key): value for key, value in state_dict.items()}  # as once saved
+    own = model.state_dict()
+    if "layer4.0.conv1.weight" not in state_dict:
+        return state_dict
+    fresh = ("norm.",) if "layer4.0.conv1.weight" in own else ("norm.", "layer4.", "fc.")
+    kept = {key: value for key, value in own.items() if key.startswith(fresh)}
+    return {key: value for key, value in state_dict.items() if not key.startswith(fresh)} | kept
+
+
 def _create_deq_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> DEQResNet:
-    return build_model_with_cfg(DEQResNet, variant, pretrained, **kwargs)
+    return build_model_with_cfg(DEQResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
