@@ -169,8 +169,8 @@ def problems(device: torch.device) -> dict[str, tuple[Map, Tensor]]:
     rotation = torch.linalg.qr(torch.randn(length, length)).Q
     # Eigenvalues from -0.95 to 0.95, far from orthogonal eigenvectors: I - A has a condition number of 160.
     triangle = torch.diag(torch.linspace(-0.95, 0.95, length)) + 0.5 * torch.randn(length, length).triu(1) / length**0.5
-    block = ResidualCell(64, width=64, bottleneck=False, num_groups=8).to(device)
-    block.BRANCH_GAIN = 0.5  # larger than at first, as training makes it
+    gain = 0.5  # larger than at first, as training makes it
+    block = ResidualCell(64, width=64, bottleneck=False, num_groups=8, branch_gain=gain).to(device)
     block.init_weights()
     maps: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
         "rotation, radius 0.9": (partial(linear, (0.9 * rotation).to(device)), (length,)),
