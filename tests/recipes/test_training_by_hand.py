@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from recipes.images.sources import eval_transform
+from recipes.images.views import eval_transform
 from recipes.imbalance.losses import Loss
 from recipes.train import main
 from recipes.training.manifest import Manifest
