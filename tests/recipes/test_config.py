@@ -76,7 +76,10 @@ def test_help_explains_every_field(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(["--help"])
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    usage, _, rest = out.partition("\n\n")
+    assert usage.count("\n") == 0 and rest.index("most used:") < rest.index("--output ") < 1000
+    text = " ".join(out.split())
     for field in dataclasses.fields(TrainConfig):
         assert f"--{field.name} " in text
     assert "R, images of the largest class over the smallest" in text
