@@ -1,4 +1,4 @@
-"""Measure this package beside its peers, on the same inputs, in one run.
+"""Measure this package against its peers, on the same inputs, in one run.
 
     python recipes/benchmark.py [solvers] [probe] [pipeline] [presets] [--device cuda] [--json FILE] [--figures FOLDER]
 
@@ -8,7 +8,7 @@ prints the machine and the versions, and Markdown tables, a ratio below 1 being 
 * `probe`: neural collapse against three passes of accumulators, its share of an evaluation and of training, and NC1
   where class means merge. Five minutes on two CPU cores; see recipes/benchmarks/probe.py and
   recipes/benchmarks/merged.py.
-* `pipeline`: images a second that the input pipeline delivers, beside those that a model trains at. A minute; see
+* `pipeline`: images a second that the input pipeline delivers, against those that a model trains at. A minute; see
   recipes/benchmarks/pipeline.py.
 * `presets`: what a run of each preset costs at most, foretold from a few updates. Two minutes on two CPU cores; see
   recipes/benchmarks/presets.py.
@@ -79,7 +79,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Tables]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure this package beside its peers.")
+    parser = argparse.ArgumentParser(description="Measure this package against its peers.")
     flag = parser.add_argument
     flag("parts", type=part, nargs="*", default=list(PARTS), metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     flag("--device", type=torch.device, default="cpu", help="cpu (the default) or cuda")
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def part(text: str) -> str:
-    """The name of a part of the benchmark."""
+    """Parse the name of a part of the benchmark."""
     if text not in PARTS:
         raise argparse.ArgumentTypeError(f"{text!r} is no part; allowed: {', '.join(PARTS)}")
     return text
@@ -120,7 +120,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """What the numbers depend on: the processor, its threads, the device and the versions."""
+    """Return the conditions of the numbers: processor, threads, device and versions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

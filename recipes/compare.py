@@ -41,7 +41,7 @@ def compare(folders: Sequence[str], *, interval: bool) -> None:
 
 
 def read_run(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings and the results of a finished run.
+    """Read the settings and the results of a finished run.
 
     Raises:
         UserError: the folder does not hold a finished run.
@@ -54,8 +54,11 @@ def read_run(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def table(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]], *, interval: bool = False) -> str:
-    """A Markdown table with a row for each distinct setting, in the order in which they are given; what stands behind ±
-    is `interval_of` instead of the standard deviation, if asked for."""
+    """Format a Markdown table with a row for each distinct setting, in the order in which they are given.
+
+    Args:
+        interval: show mean ± `interval_of` instead of mean ± standard deviation.
+    """
     groups: dict[str, list[dict[str, Any]]] = {}
     settings: dict[str, dict[str, Any]] = {}
     for config, results in runs:
@@ -90,7 +93,7 @@ def differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def measurements(results: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of one run, by column."""
+    """Return the numbers of one run, by column."""
     row = {f"{name} %": 100 * value for name, value in results["test"].items() if value is not None}
     for name, key in (("NC1", "nc1"), ("NC2", "nc2_etf"), ("NC3", "nc3"), ("NC4", "nc4")):
         value = results["collapse"][key]
@@ -112,7 +115,7 @@ def interval_of(values: Sequence[float]) -> float:
 
 
 def spread(values: Sequence[float], *, interval: bool = False) -> str:
-    """`mean ± standard deviation`, or `± interval_of` if asked for; the value alone, or `-` where there is none."""
+    """Format mean ± standard deviation, or mean ± `interval_of`; a single value alone, and none as `-`."""
     known = [value for value in values if math.isfinite(value)]
     if not known:
         return "-"

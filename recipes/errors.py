@@ -60,7 +60,7 @@ def user_errors(kind: type[Exception] = ValueError, *, what: str = "") -> Iterat
 
 
 def did_you_mean(word: str, words: Sequence[str]) -> str:
-    """A hint at the closest of some words for a mistyped one, or nothing."""
+    """Return a hint at the word that a mistyped one is closest to, or nothing."""
     close = difflib.get_close_matches(word, words, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -106,7 +106,7 @@ def _report(text: str) -> None:
 
 
 def _launch_store() -> Any:
-    """The key-value store of the process that launched the ranks; None for one rank, or where there is none."""
+    """Connect to the key-value store of the process that launched the ranks, if there are several and there is one."""
     if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     from torch.distributed import PrefixStore, TCPStore

@@ -40,9 +40,9 @@ def train(config: "TrainConfig") -> None:
     # Imported after the command line has been read, so that --help and mistakes are answered at once.
     from accelerate.utils import tqdm
 
-    from recipes.images.workers import naming_dead_workers
+    from recipes.images.workers import explain_dead_worker
     from recipes.training.epoch import train_epoch
-    from recipes.training.faults import Termination, naming_checkpoint, stop
+    from recipes.training.faults import SignalHandler, add_checkpoint_to_error, stop
     from recipes.training.measurement import measure_epoch, run_test, save_epoch
     from recipes.training.resume import find_start
     from recipes.training.run import conditions, prepare
@@ -68,18 +68,18 @@ def train(config: "TrainConfig") -> None:
     with (
         bar,
         run.objective,
-        Termination(accelerator) as termination,
-        naming_checkpoint(lambda: states.saved),
-        naming_dead_workers(),
+        SignalHandler(accelerator) as signals,
+        add_checkpoint_to_error(lambda: states.saved),
+        explain_dead_worker(),
     ):
         for epoch in run.epochs():  # epoch 0 measures the initial model
             if epoch:
-                train_epoch(run, termination, bar)
+                train_epoch(run, signals, bar)
             measure_epoch(run)
             save_epoch(run)
-            if signal := termination.requested():
+            if signal := signals.requested():
                 stop(accelerator, signal, states.saved)
-    with naming_checkpoint(lambda: states.saved):
+    with add_checkpoint_to_error(lambda: states.saved):
         run_test(run)
     accelerator.end_training()
 

@@ -1,4 +1,4 @@
-"""Processes that decode images: how many there are, and what is said when one dies."""
+"""Processes that decode images: how many there are, and the error when one dies."""
 
 import os
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ class WorkerDiedError(OSError):
 
 
 @contextmanager
-def naming_dead_workers() -> Iterator[None]:
-    """Tell in one line that a worker has died.
+def explain_dead_worker() -> Iterator[None]:
+    """Report in one line that a worker has died.
 
     Torch notices it wherever the main process is at that time: mostly when it waits for a batch, but also in the midst
     of a training step.
@@ -38,7 +38,7 @@ def naming_dead_workers() -> Iterator[None]:
 
 
 class ImageLoader(DataLoader):
-    """A DataLoader that chooses the number of its workers, and tells in one line that one has died.
+    """A DataLoader that chooses the number of its workers, and reports in one line that one has died.
 
     Args:
         view: a data set with a length.
@@ -58,7 +58,7 @@ class ImageLoader(DataLoader):
         )
 
     def __iter__(self) -> Iterator[Any]:
-        with naming_dead_workers():
+        with explain_dead_worker():
             yield from super().__iter__()
 
 

@@ -1,4 +1,4 @@
-"""Classifiers for long-tailed data: what stands in place of a timm model's last layer, and what is done to it after.
+"""Classifiers for long-tailed data: replacements for a timm model's last layer, and what is done to it after.
 
 Before training, `replace_classifier`. After it, at no cost, `tau_normalise`; or a second stage in which the features
 are frozen, `second_stage`, and then `fold`.
@@ -70,7 +70,7 @@ class ETFClassifier(nn.Module):
 
     def __init__(self, linear: nn.Linear, *, scale: float, seed: int) -> None:
         super().__init__()
-        frame = simplex_etf(linear.out_features, linear.in_features, seed=seed)
+        frame = simplex_etf_vectors(linear.out_features, linear.in_features, seed=seed)
         self.linear = _without_bias(linear)
         del self.linear.weight
         self.linear.register_buffer("weight", (scale * frame).to(linear.weight))
@@ -80,7 +80,7 @@ class ETFClassifier(nn.Module):
         return self.linear(F.normalize(h, dim=-1))
 
 
-def simplex_etf(num_classes: int, num_features: int, *, seed: int = 0) -> Tensor:
+def simplex_etf_vectors(num_classes: int, num_features: int, *, seed: int = 0) -> Tensor:
     """K unit vectors in d dimensions with pairwise cosines -1 / (K - 1), rotated at random.
 
     Args:
@@ -178,13 +178,12 @@ class RowScales(nn.Module):
 def second_stage(model: nn.Module, stage: str) -> list[nn.Parameter]:
     """Freeze a trained model but for its classifier, in place.
 
-    "crt" (classifier re-training) draws the classifier anew; "lws" (learnable weight scaling) keeps it and learns one
-    factor for each class. Both are meant to be trained by cross-entropy on classes drawn equally often. Train them
-    with the model in evaluation mode, in which this leaves it: the features are to be those of the first stage, without
-    batch statistics or dropout. Save `fold(copy.deepcopy(model))`.
-
-    Source: Kang et al., "Decoupling representation and classifier for long-tailed recognition", ICLR 2020 (arXiv
-    1910.09217), "Classifier Re-training" and "Learnable weight scaling".
+    "crt" (classifier re-training) initialises the classifier again; "lws" (learnable weight scaling) keeps it and
+    learns one factor for each class. Both are meant to be trained by cross-entropy on classes drawn equally often.
+    Train them with the model in evaluation mode, in which this leaves it: the features are to be those of the first
+    stage, without batch statistics or dropout. Save `fold(copy.deepcopy(model))`. Source: Kang et al., "Decoupling
+    representation and classifier for long-tailed recognition", ICLR 2020 (arXiv 1910.09217), "Classifier Re-training"
+    and "Learnable weight scaling".
 
     Args:
         model: a timm model whose `get_classifier()` is nn.Linear.
@@ -234,7 +233,7 @@ def _classifier(model: Any) -> nn.Module:
 
 
 def _linear(model: nn.Module) -> nn.Linear:
-    """The last layer, if it is an nn.Linear whose weights are its own."""
+    """Return the last layer, if it is an nn.Linear whose weights are its own."""
     layer = _classifier(model)
     if isinstance(layer, nn.Linear) and not parametrize.is_parametrized(layer):
         return layer
@@ -242,7 +241,7 @@ def _linear(model: nn.Module) -> nn.Linear:
 
 
 def _without_bias(linear: nn.Linear) -> nn.Linear:
-    """A layer of the same shape, of no value yet; the random generator stays where it is."""
+    """Create an uninitialised layer of the same shape, without drawing a random number."""
     shape: dict[str, Any] = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": False}
     layer = skip_init(nn.Linear, **shape, device=linear.weight.device, dtype=linear.weight.dtype)
     assert isinstance(layer, nn.Linear)

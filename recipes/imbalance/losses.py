@@ -82,7 +82,7 @@ class Loss(nn.Module, ABC):
         """l_k(z): (B, K) from logits (B, K)."""
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss, a scalar.
+        """Return the loss, a scalar.
 
         Args:
             logits: (B, K).
@@ -292,7 +292,7 @@ LOSSES: dict[str, type[Loss]] = {
 
 
 def create_loss(name: str, counts: Tensor | Sequence[float], **parameters: Any) -> Loss:
-    """A loss by its name.
+    """Create a loss by its name.
 
     Args:
         name: a key of `LOSSES`.

@@ -1,4 +1,4 @@
-"""What class counts say: priors, weights, and the correction of logits.
+"""Functions of class counts: priors, weights, and the correction of logits.
 
 With n_k images of class k out of n, pi_k = n_k / n is its prior.
 """

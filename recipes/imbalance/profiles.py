@@ -4,7 +4,7 @@ With n_1 >= ... >= n_K the sizes from the largest class to the smallest, R = n_1
 
     balanced      n_i = n_1
     two_group     n_A = n_1 for the K_A majority classes, n_B = n_1 // R for the others             Fang et al. 2021
-    step          the same, told by the number or share of its minority classes                     Buda et al. 2018
+    step          the same, given by the number or share of its minority classes                    Buda et al. 2018
     exponential   n_i = n_1 R^(-(i-1)/(K-1)), rounded down                                           Cui et al. 2019
     pareto        n_i = n_K + (n_1 - n_K) (i^(-1/alpha) - K^(-1/alpha)) / (1 - K^(-1/alpha))         Liu et al. 2019
     explicit      as listed
@@ -91,7 +91,7 @@ def two_group(
 def step(
     sizes: np.ndarray, *, minority: int | float, ratio: float, class_order: Sequence[int] | None = None
 ) -> tuple[np.ndarray, Groups]:
-    """The profile of two groups, told by its minority: the last classes of the order.
+    """The profile of two groups, given by its minority: the last classes of the order.
 
     Args:
         sizes: images at hand per class, (K,).
@@ -171,7 +171,7 @@ def pareto(
 
 
 def explicit(sizes: np.ndarray, *, counts: Sequence[int]) -> tuple[np.ndarray, Groups]:
-    """The sizes listed.
+    """Use the sizes listed.
 
     Args:
         sizes: images at hand per class, (K,).
@@ -209,7 +209,7 @@ PROFILES: dict[str, Callable[..., tuple[np.ndarray, Groups]]] = {
 
 
 def rank_classes(class_order: str | Sequence[int] | None, num_classes: int, *, seed: int = 0) -> list[int]:
-    """The classes from the largest to the smallest.
+    """Order the classes from the largest to the smallest.
 
     Args:
         class_order: 'given' or None for 0, 1, ..., K-1; 'random' for an order that `seed` decides; or the classes.
@@ -276,7 +276,7 @@ def _check_ratio(ratio: float) -> None:
 
 
 def _largest(sizes: np.ndarray, ratio: float, largest: int | None) -> int:
-    """The size of the largest class, checked to leave an image to the smallest."""
+    """Return the size of the largest class, checked to leave an image to the smallest."""
     _check_ratio(ratio)
     if largest is None:
         largest = int(sizes.min())

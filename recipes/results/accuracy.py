@@ -17,14 +17,14 @@ from timm_deq import NonFiniteInputError, SolveLog
 
 
 def sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
-    """The sum of every rank's tensor, on every rank."""
+    """Sum the tensors of all ranks, on every rank."""
     total = accelerator.reduce(value, "sum")
     assert isinstance(total, Tensor)
     return total
 
 
 class Evaluation(NamedTuple):
-    """What a pass over images has found: counts [class, prediction] (K, K), means over images of what the solver did
+    """Result of a pass over images: counts [class, prediction] (K, K), means over images of what the solver did
     (empty for an explicit model), and the table of `recipes.results.calibration`, all over all ranks; and the log of
     this rank's solves."""
 

@@ -16,7 +16,7 @@ ONCE = ("--imbalance",)
 
 
 def arranged(words: Sequence[str], config: type) -> list[str]:
-    """The words as jsonargparse wants them: those of --config before the rest, because later ones win, and those of a
+    """Rearrange the words for jsonargparse: those of --config before the rest, because later ones win, and those of a
     list, as in `--correction_at 2 5`, in one.
 
     Args:
@@ -52,7 +52,7 @@ def arranged(words: Sequence[str], config: type) -> list[str]:
 
 
 def config_file(word: str) -> Path:
-    """The file that `--config` names: a YAML file, or one of the presets that come with the recipes.
+    """Find the file that `--config` names: a YAML file, or one of the presets that come with the recipes.
 
     Raises:
         UserError: there is neither.

@@ -116,7 +116,7 @@ class TrainConfig(
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     """Read the command line; --help prints and exits.
 
-    Flags win over the file of --config, wherever they stand.
+    Flags win over the file of --config, in whatever order they are given.
 
     Args:
         argv: words of the command line; those of this process if not given.

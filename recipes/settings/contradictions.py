@@ -28,7 +28,7 @@ def profile_settings(profile: str) -> list[str]:
 
 
 def correction(config: Any) -> str | None:
-    """What makes up for the imbalance in training, in words."""
+    """Name the setting that makes up for the imbalance in training, if one does."""
     if config.sampler in CORRECTING_SAMPLERS:
         return f"sampler {config.sampler!r}"
     if config.loss in CORRECTING_LOSSES:

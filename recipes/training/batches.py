@@ -30,7 +30,7 @@ class RunImages:
         rows: the splits 'train', 'val' and 'test', each a split of the data set and the rows taken from it.
 
     Raises:
-        UserError: no such data set, split or column, or images that do not allow what is asked for.
+        UserError: no such data set, split or column, or images that do not allow the imbalance.
     """
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
@@ -83,12 +83,13 @@ class Batches:
         train, indices = images.rows["train"]
         self.sampler = EpochSampler(
             train.labels[indices],
-            order=config.sampler,
+            strategy=config.sampler,
             rank=self.rank,
             world=self.world,
             accumulation=self.accumulation,
             threshold=config.repeat_threshold,
-            **config.only("batch_size", "seed", "epochs", "defer"),
+            deferred_epochs=config.defer,
+            **config.only("batch_size", "seed", "epochs"),
         )
         self.mix = None
         if config.mixup_alpha or config.cutmix_alpha:
@@ -105,7 +106,7 @@ class Batches:
         self.evaluation: dict[str, Loader] = {name: each.eval_loader(**sharing) for name, each in sets.items()}
 
     def epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """The training batches of an epoch, on the device.
+        """Yield the training batches of an epoch, on the device.
 
         Args:
             epoch: from 1.

@@ -1,7 +1,7 @@
-"""Models, and what a run leaves on disk.
+"""Models and files of a run.
 
-Every file and every folder is complete or absent: it is written beside its place, flushed to the disk, then renamed
-into it.
+Every file and every folder is complete or absent: it is written under another name in the same folder, flushed to the
+disk, then renamed.
 """
 
 import json
@@ -27,7 +27,7 @@ from recipes.settings.contradictions import SCALE
 
 
 def create_model(config: TrainConfig, num_classes: int | None) -> Any:
-    """The model of a configuration, its classifier included, with as many classes as it was trained for if
+    """Create the model of a configuration, its classifier included, with as many classes as it was trained for if
     `num_classes` is None.
 
     Raises:
@@ -35,7 +35,7 @@ def create_model(config: TrainConfig, num_classes: int | None) -> Any:
             model of other classes.
     """
     folder = Path(config.model)
-    trained = config.stage is not None  # a classifier that is to be kept, or drawn anew at the same size
+    trained = config.stage is not None  # a classifier that is to be kept, or initialised again at the same size
     kept = False
     if (folder / "config.yaml").is_file():
         before = read_config(folder)
@@ -57,7 +57,7 @@ def create_model(config: TrainConfig, num_classes: int | None) -> Any:
 
 
 def load_run(folder: Path, model_args: Mapping[str, Any] | None = None) -> Any:
-    """The model that a run has saved, whose last layer may be one that timm does not know.
+    """Load the model that a run has saved, whose last layer may be one that timm does not know.
 
     Raises:
         UserError: the folder is not that of a run with a checkpoint, or arguments that the model does not take.
@@ -72,7 +72,7 @@ def load_run(folder: Path, model_args: Mapping[str, Any] | None = None) -> Any:
 
 
 def read_config(folder: Path) -> TrainConfig:
-    """The settings of a run that has saved a model.
+    """Read the settings of a run that has saved a model.
 
     Raises:
         UserError: the folder is not that of such a run.
@@ -94,7 +94,7 @@ def _timm_model(name: str, pretrained: bool, num_classes: int | None, model_args
 
 
 def new_folder(output: str) -> Path:
-    """The path of a folder to create.
+    """Return the path of a folder to create.
 
     Raises:
         UserError: there is something already.
@@ -105,13 +105,13 @@ def new_folder(output: str) -> Path:
 
 
 def draft_of(path: Path) -> Path:
-    """Where a file or folder is written before it is renamed."""
+    """Return the path at which a file or folder is written before it is renamed."""
     return path.with_name(f".{path.name}.draft")
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder to write into, which becomes `folder` when the block ends well and is removed when it does not."""
+    """Give a folder to write into, which becomes `folder` when the block ends well and is removed when it does not."""
     draft = draft_of(folder)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -160,7 +160,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file. It may be cut short, or be there too early: a run that is resumed writes the file anew."""
+    """Add a line to a file. It may be cut short, or be there too early: a run that is resumed rewrites the file."""
     with path.open("a") as file:
         file.write(line + "\n")
 
@@ -177,7 +177,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """What safetensors says about a disk, as the OSError that it is."""
+    """Raise what safetensors reports of the disk as the OSError that it is."""
     try:
         yield
     except SafetensorError as error:

@@ -1,23 +1,27 @@
 """One epoch of training."""
 
 import math
+import time
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from recipes.errors import UserError
 from recipes.results.accuracy import sum_over_ranks
-from recipes.training.faults import Termination, check_finite, stop
+from recipes.training.faults import SignalHandler, check_finite, stop
 from recipes.training.run import Run
+from recipes.training.sharding import whole
 from timm_deq import NonFiniteInputError
 
 
-def train_epoch(run: Run, termination: Termination, bar: Any) -> None:
+def train_epoch(run: Run, signals: SignalHandler, bar: Any) -> None:
     """Make the updates that are left of the epoch under way.
 
     Args:
-        run: whose `progress` goes on, with the mean loss and the learning rate in its record.
-        termination: asked after every update; a signal ends the run, with a state saved.
+        run: whose `progress` goes on, with in its record the mean loss, the norm of the last gradient before clipping,
+            the learning rate, and the images trained on in a second of this process, over all ranks.
+        signals: read after every update; a signal ends the run, with a state saved.
         bar: progress bar, one step for each update.
 
     Raises:
@@ -28,6 +32,7 @@ def train_epoch(run: Run, termination: Termination, bar: Any) -> None:
     bar.set_description(f"epoch {progress.epoch}/{config.epochs}")
     run.model.train(config.stage is None)  # a second stage leaves the features as they are
     run.objective.criterion.set_epoch(progress.epoch - 1)
+    began, first = time.perf_counter(), progress.step
     for images, labels, weight in run.batches.epoch(progress.epoch, progress.step):
         with run.accelerator.accumulate(run.model):
             loss = _learn(run, images, labels, weight)
@@ -36,11 +41,14 @@ def train_epoch(run: Run, termination: Termination, bar: Any) -> None:
             continue
         _count_update(run)
         bar.update()
-        signal = termination.requested()
+        signal = signals.requested()
         last = progress.step == updates or progress.updates == run.updates
         save = not last and (signal or progress.updates % (config.checkpoint_every or math.inf) == 0)
         if last or save or progress.step % config.log_every == 0:
             _read_loss(run)
+            images = run.batches.sampler.images(progress.step) - run.batches.sampler.images(first)
+            progress.record["images_per_second"] = images / (time.perf_counter() - began)
+            run.postfix["img/s"] = f"{progress.record['images_per_second']:.0f}"
             bar.set_postfix(run.postfix, refresh=False)
         if save:
             progress.record["seconds"] = run.seconds
@@ -67,14 +75,17 @@ def _learn(run: Run, images: Tensor, labels: Tensor, weight: float) -> Tensor:
         ) from error
     accelerator.backward(penalised * weight)
     if accelerator.sync_gradients and config.clip_grad is not None:
-        accelerator.clip_grad_norm_(run.model.parameters(), config.clip_grad)
+        run.gradient_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.clip_grad)
+    elif accelerator.sync_gradients:
+        accelerator.unscale_gradients(run.prepared)
+        run.gradient_norm = get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
     run.prepared.step()
     run.prepared.zero_grad()
     return loss
 
 
 def _count_update(run: Run) -> None:
-    """What follows an update: learning rate and moving average."""
+    """Count an update, and let the learning rate and the moving average follow."""
     run.progress.step += 1
     run.progress.updates += 1
     run.progress.record["lr"] = run.optimizer.param_groups[0]["lr"]
@@ -84,7 +95,7 @@ def _count_update(run: Run) -> None:
 
 
 def _read_loss(run: Run) -> None:
-    """Bring the mean loss of the epoch so far to the host, and see that it is finite."""
+    """Bring the mean loss of the epoch so far to the host, and see that it is finite; the last gradient's norm too."""
     step, sampler, every = run.progress.step, run.batches.sampler, run.config.log_every
     mean_loss = sum_over_ranks(run.accelerator, run.loss_sum).item() / sampler.images(step)
     first = (step - 1) // every * every + 1
@@ -93,3 +104,6 @@ def _read_loss(run: Run) -> None:
     check_finite(mean_loss, run.network.net, where)
     run.progress.record["train_loss"] = mean_loss
     run.postfix["loss"] = f"{mean_loss:.3f}"
+    if run.gradient_norm is not None:
+        run.progress.record["grad_norm"] = whole(run.gradient_norm).item()
+        run.postfix["grad"] = f"{run.progress.record['grad_norm']:.3g}"

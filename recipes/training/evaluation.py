@@ -21,7 +21,7 @@ from timm_deq import Equilibrium, set_solver
 
 
 def logit_adjustment(subject: Subject, tau: float | None) -> Callable[[Tensor], Tensor] | None:
-    """The correction of logits by the share of each class among the training images, if a tau is given.
+    """Create the correction of logits by the share of each class among the training images, if a tau is given.
 
     Raises:
         UserError: a model whose counts are not known, or whose training made up for the imbalance.
@@ -36,7 +36,7 @@ def logit_adjustment(subject: Subject, tau: float | None) -> Callable[[Tensor], 
 
 
 def equilibria(subject: Subject, **given: Any) -> list[Equilibrium]:
-    """The equilibrium layers of the model.
+    """Return the equilibrium layers of the model.
 
     Args:
         given: settings of a solver by flag, which a model without an equilibrium does not have.
@@ -94,7 +94,7 @@ def evaluate_budgets(
 
 
 def table(points: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table with a row for each budget: accuracies, evaluations spent per image, images that converged."""
+    """Format a Markdown table with a row for each budget: accuracies, evaluations per image, images that converged."""
     columns = ["max_steps", *(f"{name} %" for name in points[0]["accuracy"]), "evaluations", "converged %"]
     rows = []
     for point in points:

@@ -1,4 +1,4 @@
-"""What may go wrong during a run, and what it leaves behind: a message of one line, and a checkpoint to go on from."""
+"""Interruptions and failures of a run: signals, a full disk, a loss that is not finite."""
 
 import math
 import signal
@@ -19,52 +19,52 @@ class DiskError(OSError):
     """A file of a run cannot be read or written."""
 
 
-class Termination:
-    """Asks whether SIGTERM, or Ctrl-C, has come to any rank, so that the update under way is finished and saved.
+class SignalHandler:
+    """Records SIGTERM and Ctrl-C, of whichever rank, so that the update under way is finished and saved.
 
-    A second signal of the kind does what it does without this. Only the main thread of a process gets signals.
+    A second signal of the same kind has its usual effect. Only the main thread of a process gets signals.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.came = 0
-        self._asked: torch.Tensor | None = None
+        self.received = 0
+        self._pending: torch.Tensor | None = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "Termination":
+    def __enter__(self) -> "SignalHandler":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.came = number
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
         signal.signal(number, self._before[number])
 
     def requested(self) -> int:
-        """The signal, or 0; the same on all ranks, which must call this equally often.
+        """Return the signal that any rank has received, or 0; all ranks must call this equally often.
 
         Ranks agree by a sum that is read at the next call: reading it at once would have the host wait for the device.
         """
         if self.accelerator.num_processes == 1:
-            return self.came
-        asked, flags = self._asked, [float(self.came == number) for number in self.SIGNALS]
+            return self.received
+        asked, flags = self._pending, [float(self.received == number) for number in self.SIGNALS]
         total = self.accelerator.reduce(torch.tensor(flags, device=self.accelerator.device), "sum")
         assert isinstance(total, torch.Tensor)
-        self._asked = total
+        self._pending = total
         if asked is None:
             return 0
         return max((number for number, count in zip(self.SIGNALS, asked.tolist(), strict=True) if count), default=0)
 
 
 @contextmanager
-def naming_checkpoint(saved: Callable[[], str]) -> Iterator[None]:
-    """Errors of the disk, such as a full one, say where the last good checkpoint is."""
+def add_checkpoint_to_error(saved: Callable[[], str]) -> Iterator[None]:
+    """Add the last good checkpoint to the message of an error of the disk, such as a full one."""
     try:
         yield
     except OSError as error:
@@ -72,7 +72,7 @@ def naming_checkpoint(saved: Callable[[], str]) -> Iterator[None]:
 
 
 def check_finite(loss: float, net: nn.Module, where: str) -> None:
-    """Stop a training that has diverged.
+    """Check that the loss and all weights are finite.
 
     Raises:
         UserError: the loss is not finite, or weights are not, which the last update may have broken with no

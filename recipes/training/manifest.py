@@ -204,7 +204,7 @@ def build_manifest(
 
 
 def choose_images(config: TrainConfig, split: ImageSplit) -> Manifest:
-    """The images of a run: those of the manifest given, or those that an imbalance profile chooses.
+    """Choose the images of a run: those of the manifest given, or those that an imbalance profile chooses.
 
     Raises:
         UserError: a manifest of another data set, parameters that the profile does not allow, or no validation images

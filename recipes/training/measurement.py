@@ -1,4 +1,4 @@
-"""What is measured of a run: at the end of every epoch, and once on the test split."""
+"""Measurements of a run: at the end of every epoch, and once on the test split."""
 
 import time
 from typing import Any
@@ -10,7 +10,7 @@ from recipes.errors import user_errors
 from recipes.results.accuracy import Evaluation, accuracies, evaluate, recalls
 from recipes.results.figures import save_figures
 from recipes.training.checkpoint import append_line, save_checkpoint, to_json, write_text
-from recipes.training.outcome import environment, run_title, summary
+from recipes.training.outcome import environment, peak_memory, run_title, summary
 from recipes.training.run import Run
 from recipes.training.tracking import scalars
 from timm_deq import Equilibrium
@@ -32,7 +32,8 @@ def measure_epoch(run: Run) -> None:
         record["solver"] = evaluation.solver
         record["val"] = accuracies(evaluation.confusion, run.images.manifest.groups)
         run.postfix["val"] = f"{record['val']['overall']:.1%}"
-    record["draws"] = run.batches.sampler.exposure(run.progress.step).tolist()  # images of each class trained on
+    # Images of each class trained on.
+    record["draws"] = run.batches.sampler.samples_per_class(run.progress.step).tolist()
 
 
 def save_epoch(run: Run) -> None:
@@ -47,6 +48,8 @@ def save_epoch(run: Run) -> None:
     if keep:
         _save_model(run)
         run.checkpoint = f"{run.folder / 'checkpoint'} (epoch {progress.epoch})"
+    record["peak_memory_mib"] = peak_memory(run.accelerator.device) / 2**20
+    run.postfix["GiB"] = f"{record['peak_memory_mib'] / 1024:.2f}"
     record["seconds"] = run.seconds
     if run.accelerator.is_main_process:
         append_line(run.folder / "metrics.jsonl", to_json(record))

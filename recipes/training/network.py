@@ -11,7 +11,7 @@ from recipes.errors import user_errors
 from recipes.imbalance.classifiers import second_stage
 from recipes.settings.config import TrainConfig
 from recipes.training.checkpoint import create_model
-from recipes.training.sharding import gather, plain_twin
+from recipes.training.sharding import gather, unsharded_copy
 
 
 class Network:
@@ -34,7 +34,7 @@ class Network:
         self._ema = None
         if config.ema_decay is not None:
             self._ema = ModelEmaV3(self.net, decay=config.ema_decay, use_warmup=True)
-        self._unsharded = plain_twin(self.net, accelerator)
+        self._unsharded = unsharded_copy(self.net, accelerator)
         self.measured = self._unsharded if self._ema is None else self._ema.module
         settings = config.only("img_size", "mean", "std", "interpolation", "crop_pct")
         with user_errors():

@@ -1,4 +1,4 @@
-"""What training minimises: the loss, and for deep equilibrium networks what `timm_deq` adds to it."""
+"""The training objective: the loss and, for deep equilibrium networks, the terms of `timm_deq`."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,7 +14,7 @@ from timm_deq import Equilibrium, FixedPointCorrection, JacobianPenalty
 
 
 def create_criterion(config: TrainConfig, counts: Sequence[int]) -> Loss:
-    """The loss that a configuration asks for.
+    """Create the loss of a configuration.
 
     Args:
         counts: training images of each class, (K,).
@@ -71,7 +71,7 @@ class Objective:
         self._open.close()
 
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What to minimise, and the loss (without the penalty) to report.
+        """Return the objective to minimise, and the loss (without the penalty) to report.
 
         Args:
             logits: the model's output in training, (B, K); ((n + 1) B, K) with n iterates to correct.

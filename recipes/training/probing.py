@@ -24,10 +24,10 @@ TSNE_SAMPLES = 2000
 
 
 def chosen_images(subject: Subject) -> np.ndarray:
-    """Rows of the split to measure on: of the split that a run was trained on those that it chose, else all.
+    """Choose the rows of the split to measure on: of the split that a run was trained on those that it chose, else all.
 
     Raises:
-        UserError: the data set is not the one that the run was trained on, though nothing else was asked for.
+        UserError: the data set is not the one that the run was trained on, though no other was named.
     """
     images, manifest, config = subject.images, subject.manifest, subject.config
     everything = np.arange(len(images.labels))
@@ -44,7 +44,7 @@ def chosen_images(subject: Subject) -> np.ndarray:
 
 
 def chosen_groups(subject: Subject) -> Groups:
-    """The groups that flags name, or those of the run; none of them is empty.
+    """Return the groups that flags name, or those of the run; none of them is empty.
 
     Raises:
         UserError: flags that name no groups, or classes that are not there.
@@ -61,7 +61,7 @@ def chosen_groups(subject: Subject) -> Groups:
 
 
 def named_group(word: str) -> tuple[str, list[int]]:
-    """The group that a word such as `few=0-2,5` names.
+    """Parse a group from a word such as `few=0-2,5`.
 
     Raises:
         UserError: it names none.
@@ -80,7 +80,7 @@ def named_group(word: str) -> tuple[str, list[int]]:
 
 
 def create_probe(subject: Subject, indices: np.ndarray, groups: Groups) -> NCProbe:
-    """A probe of the model as the flags ask for it.
+    """Create the probe that the flags describe.
 
     Args:
         indices: rows of the split to measure on.
@@ -106,7 +106,7 @@ def create_probe(subject: Subject, indices: np.ndarray, groups: Groups) -> NCPro
 
 
 def measure(subject: Subject, probe: NCProbe, loader: DataLoader) -> CollapseReport:
-    """Show the images to the model, twice if asked for, and measure.
+    """Show the images to the model, twice with --second-pass, and measure.
 
     Raises:
         UserError: features that cannot be measured, such as those of broken weights.

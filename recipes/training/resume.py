@@ -1,4 +1,4 @@
-"""Where a run starts: in a new folder, or where it, or another, was interrupted."""
+"""The start of a run: in a new folder, or where it, or another, was interrupted."""
 
 import shutil
 from collections.abc import Mapping
@@ -86,7 +86,7 @@ def lines(progress: Progress) -> str:
 
 
 def find_start(config: TrainConfig, conditions: Mapping[str, Any]) -> Start:
-    """What `--resume` says: nothing, 'auto' or a folder.
+    """Find where a run starts, by `--resume`: nothing, 'auto' or a folder.
 
     Args:
         config: settings of this run.

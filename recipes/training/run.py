@@ -34,6 +34,7 @@ class Run:
         optimizer, prepared: timm's optimizer, and the same as accelerate wraps it.
         progress: position and metrics.
         loss_sum: sum of this rank's losses in the epoch under way, read only now and then.
+        gradient_norm: of the last update, before clipping, ().
         report: the latest measurement of neural collapse in this process.
         checkpoint: the model saved last, in words.
         postfix: numbers that the progress bar shows.
@@ -55,6 +56,7 @@ class Run:
     states: States
     progress: Progress
     loss_sum: Tensor
+    gradient_norm: Tensor | None = None
     report: CollapseReport | None = None
     checkpoint: str = "none"
     postfix: dict[str, str] = field(default_factory=dict)
@@ -77,7 +79,7 @@ class Run:
         return time.perf_counter() - self._epoch_started
 
     def epochs(self) -> Iterator[int]:
-        """The epochs that are left, each made the one under way; epoch 0 measures the initial model."""
+        """Yield the epochs that are left, each made the one under way; epoch 0 measures the initial model."""
         progress = self.progress
         for epoch in range(progress.epoch, self.config.epochs + 1):
             if epoch and progress.updates == self.updates:
@@ -157,12 +159,12 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
 
 
 def conditions(accelerator: Accelerator) -> dict[str, Any]:
-    """What else than the settings must stay the same in a run that is resumed."""
+    """Return the conditions, other than settings, that must stay the same in a run that is resumed."""
     return {"ranks": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
 
 
 def create_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, updates: int) -> Scheduler | None:
-    """The schedule of the learning rate, stepped at every update; none where nothing is trained.
+    """Create the schedule of the learning rate, stepped at every update; none where nothing is trained.
 
     Args:
         updates: of one epoch.

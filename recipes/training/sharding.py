@@ -1,7 +1,7 @@
-"""Processes that hold whole copies of the weights (DDP), or a shard each (FSDP2).
+"""Helpers for replicated (DDP) and sharded (FSDP2) training.
 
 A sharded model is never evaluated itself: its forward is a collective, and ranks do not have equally many batches to
-evaluate. Its weights are gathered into a plain twin, which is measured and saved like any timm model.
+evaluate. Its weights are gathered into an unsharded copy, which is measured and saved like any timm model.
 """
 
 import os
@@ -20,7 +20,7 @@ from recipes.errors import UserError
 
 
 def start_accelerator(**settings: Any) -> Accelerator:
-    """An Accelerator with these settings, and with FSDP2 wherever `accelerate launch --use_fsdp` asks for it.
+    """Create an Accelerator with these settings, and with FSDP2 wherever `accelerate launch --use_fsdp` asks for it.
 
     Raises:
         UserError: FSDP1 is asked for, which has no shards to save by parameter.
@@ -47,27 +47,27 @@ def start_accelerator(**settings: Any) -> Accelerator:
     return accelerator
 
 
-def plain_twin(net: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The model to measure and save: the model itself, or a copy if `prepare` is to shard it."""
+def unsharded_copy(net: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Return the model to measure and save: the model itself, or a copy if `prepare` is to shard it."""
     return deepcopy(net) if accelerator.distributed_type == DistributedType.FSDP else net
 
 
 @torch.no_grad()
-def gather(net: nn.Module, twin: nn.Module) -> None:
-    """Copy the weights of a sharded model into its twin; to be called on all ranks."""
-    if twin is not net:
-        mine = twin.state_dict()
+def gather(net: nn.Module, copy: nn.Module) -> None:
+    """Copy the weights of a sharded model into its copy; to be called on all ranks."""
+    if copy is not net:
+        mine = copy.state_dict()
         for name, value in net.state_dict().items():
             mine[name].copy_(whole(value))
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be a shard; to be called on all ranks."""
+    """Gather the whole of a tensor that may be a shard; to be called on all ranks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, sharded as the other one is, if it is."""
+    """Shard a whole tensor as another one is, if it is."""
     if not isinstance(other, DTensor):
         return tensor
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)

@@ -1,9 +1,9 @@
-"""The training state of a run: what it needs to go on as if it had not been interrupted.
+"""The training state of a run, from which it goes on as if it had not been interrupted.
 
 A checkpoint is a folder in `states`, named after the updates that were done:
 
     states/00000024/state.json, state.safetensors     settings, position and metrics; weights, optimizer, moving average
-    states/00000024/rank-0.json, rank-0.safetensors   what each process has for itself: random generators, loss so far
+    states/00000024/rank-0.json, rank-0.safetensors   of each process: random generators, loss so far
 
 Tensors lie in safetensors files, all else in JSON; nothing is unpickled. The folder is complete or absent.
 """
@@ -30,7 +30,7 @@ from recipes.training.sharding import shard_like, whole
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """Position and metrics of a run.
 
     `epoch` is under way or next, `step` the updates of it that are done, `updates` those of all epochs, `record` the
     metrics of the epoch so far, `records` those of the epochs before, `best` the highest validation accuracy, and
@@ -51,7 +51,7 @@ class Progress:
 
 
 def state_name(updates: int) -> str:
-    """The folder of the state after that many updates."""
+    """Return the name of the folder of the state after that many updates."""
     return f"{updates:08d}"
 
 
@@ -85,7 +85,7 @@ class States:
         """Write a checkpoint, and remove those that are not to be kept. To be called on all ranks.
 
         Args:
-            progress: where the run stands.
+            progress: position and metrics of the run.
             sums: this rank's sums of losses in the epoch under way.
 
         Raises:
@@ -100,9 +100,10 @@ class States:
                 draft.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
             write_tree(draft / f"rank-{rank}", {"random": self._random(), "sums": sums, "buffers": self._buffers()})
-            content = pack({name: part.state_dict() for name, part in self.parts.items()}, tensors := {})
+            tensors: dict[str, Tensor] | None = {} if main else None  # only one rank needs the copies
+            content = pack({name: part.state_dict() for name, part in self.parts.items()}, tensors)
             self.accelerator.wait_for_everyone()
-            if main:
+            if tensors is not None:
                 write_tensors(draft / "state.safetensors", tensors)
                 text = json.dumps({**self.identity, "progress": asdict(progress), "parts": content})
                 write_text(draft / "state.json", text)
@@ -177,7 +178,7 @@ class States:
 
 
 def list_states(folder: Path) -> list[Path]:
-    """The checkpoints of a run, the latest last; a folder that is being written or removed is none."""
+    """List the checkpoints of a run, the latest last; a folder that is being written or removed is none."""
     return sorted(path for path in folder.glob("[0-9]*") if path.is_dir())
 
 
@@ -228,14 +229,18 @@ def read_tree(path: Path) -> Any:
     return unpack(json.loads(path.with_suffix(".json").read_text()), read_tensors(path.with_suffix(".safetensors")))
 
 
-def pack(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
-    """Dicts, lists and tuples of numbers, strings and tensors as JSON; a tensor is put into `tensors`, whole.
+def pack(tree: Any, tensors: dict[str, Tensor] | None, path: str = "") -> Any:
+    """Write dicts, lists and tuples of numbers, strings and tensors as JSON; to be called on all ranks.
 
-    What JSON does not tell apart from an object of its own is an object of one key: {"tensor": its name}, {"tuple":
+    A tensor is gathered from its shards, and copied to the host into `tensors`, unless that is None.
+
+    Whatever JSON would confuse with an object of its own is an object of one key: {"tensor": its name}, {"tuple":
     [...]}, and {"dict": [[key, value], ...]} for every dict, as keys need not be strings.
     """
     if isinstance(tree, Tensor):
-        tensors[path] = whole(tree.detach()).to("cpu", copy=True).contiguous()
+        gathered = whole(tree.detach())
+        if tensors is not None:
+            tensors[path] = gathered.to("cpu", copy=True).contiguous()
         return {"tensor": path}
     if isinstance(tree, Mapping):
         return {"dict": [[key, pack(value, tensors, f"{path}.{key}")] for key, value in tree.items()]}
@@ -247,7 +252,7 @@ def pack(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
 
 
 def unpack(content: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The tree that `pack` was given."""
+    """Rebuild the tree that `pack` was given."""
     if isinstance(content, list):
         return [unpack(item, tensors) for item in content]
     if not isinstance(content, dict):

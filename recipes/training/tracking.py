@@ -1,4 +1,4 @@
-"""Metrics on their way to an experiment tracker, through accelerate; metrics.jsonl has them all in any case."""
+"""Metrics for an experiment tracker, through accelerate; metrics.jsonl has them all in any case."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def start_tracker(accelerator: Any, name: str | None, folder: Path, settings: Ma
         accelerator: whose `log` then reaches the tracker.
         name: of the tracker; None for none.
         folder: of the run, whose name the record bears, and which tensorboard and wandb write to.
-        settings: of training; stand beside the metrics.
+        settings: of training, shown with the metrics.
         updates: done before, above 0 in a run that goes on: what was logged of later ones counts no more.
     """
     if name is None:
@@ -49,7 +49,7 @@ def start_tracker(accelerator: Any, name: str | None, folder: Path, settings: Ma
 
 
 def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The finite numbers of a line of metrics.jsonl by their path, as in 'val/overall'."""
+    """Flatten the finite numbers of a line of metrics.jsonl by their path, as in 'val/overall'."""
     found: dict[str, float] = {}
     for key, value in record.items():
         if isinstance(value, Mapping):

@@ -20,7 +20,7 @@ from recipes.imbalance.classifiers import (
     fold,
     replace_classifier,
     second_stage,
-    simplex_etf,
+    simplex_etf_vectors,
     tau_normalise,
 )
 from recipes.imbalance.losses import create_loss
@@ -48,7 +48,7 @@ def features(model, x):
 
 @pytest.mark.parametrize(("num_classes", "num_features"), [(2, 1), (3, 2), (10, 9), (10, 64), (7, 7)])
 def test_the_frame_has_the_gram_matrix_of_the_simplex(num_classes, num_features):
-    frames = [simplex_etf(num_classes, num_features, seed=seed) for seed in (0, 0, 1)]
+    frames = [simplex_etf_vectors(num_classes, num_features, seed=seed) for seed in (0, 0, 1)]
     for frame in frames:
         assert frame.shape == (num_classes, num_features)
         torch.testing.assert_close(frame @ frame.T, reference(num_classes).rows(), rtol=0, atol=1e-14)
@@ -59,7 +59,7 @@ def test_the_frame_has_the_gram_matrix_of_the_simplex(num_classes, num_features)
 
 
 def test_frames_point_in_every_direction_equally_often():
-    first = torch.stack([simplex_etf(3, 4, seed=seed)[0] for seed in range(1000)])
+    first = torch.stack([simplex_etf_vectors(3, 4, seed=seed)[0] for seed in range(1000)])
     # A uniform unit vector in 4 dimensions has mean 0 and covariance I / 4; 1000 of them, within 4 standard errors.
     assert first.mean(0).abs().max() < 4 * math.sqrt(1 / 4 / 1000)
     torch.testing.assert_close(
@@ -69,9 +69,9 @@ def test_frames_point_in_every_direction_equally_often():
 
 def test_a_frame_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="num_features is 8; allowed: 9 or more, for a simplex of 10 classes"):
-        simplex_etf(10, 8)
+        simplex_etf_vectors(10, 8)
     with pytest.raises(ValueError, match="num_classes is 1; allowed: 2 or more"):
-        simplex_etf(1, 8)
+        simplex_etf_vectors(1, 8)
 
 
 @pytest.mark.parametrize(("name", "layer"), [("test_resnet", "fc"), ("test_vit", "head"), ("test_convnext", "head.fc")])
@@ -86,7 +86,7 @@ def test_logits_are_scaled_cosines(name, layer, kind):
     assert torch.equal(torch.random.get_rng_state(), state)
     assert classifier_name(model) == layer
     if kind == "etf":
-        vectors = simplex_etf(K, h.shape[1], seed=3).float()
+        vectors = simplex_etf_vectors(K, h.shape[1], seed=3).float()
     expected = torch.tensor([[5 * (w @ v) / (w.norm() * v.norm()) for w in vectors] for v in h])
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 

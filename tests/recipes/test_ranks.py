@@ -85,13 +85,16 @@ def records_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+TIMES = ("seconds", "images_per_second", "peak_memory_mib")
+
+
 def numbers(folder):
     """All that a finished run of two ranks has measured and learnt, but for times."""
     read = [*records_of(folder), json.loads((folder / "results.json").read_text())]
     last = max((folder / "states").iterdir(), key=lambda path: path.name)
     files = [folder / "checkpoint" / "model.safetensors", *sorted(last.glob("*.safetensors"))]
     assert len(files) == 4
-    return [each | {"seconds": None} for each in read], [file.read_bytes() for file in files]
+    return [each | dict.fromkeys(TIMES) for each in read], [file.read_bytes() for file in files]
 
 
 def assert_it_went_on(straight, stopped, runs):

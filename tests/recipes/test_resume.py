@@ -57,9 +57,12 @@ def without(content, *names):
     return {key: value for key, value in content.items() if key not in names}
 
 
+TIMES = ("seconds", "images_per_second", "peak_memory_mib")
+
+
 def numbers(folder):
     """All that a finished run has measured and learnt, but for times."""
-    records = [without(json.loads(line), "seconds") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [without(json.loads(line), *TIMES) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     results = without(json.loads((folder / "results.json").read_text()), "seconds")
     weights = [(folder / "checkpoint" / "model.safetensors").read_bytes()]
     last = max((folder / "states").iterdir(), key=lambda path: path.name)
@@ -292,6 +295,22 @@ def test_trees_come_back_as_they_were(tree):
         return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, list | tuple) else a == b
 
     assert same(unpack(json.loads(json.dumps(pack(tree, {}))), {}), tree)
+
+
+def test_ranks_that_do_not_write_copy_no_tensor():
+    class Uncopied(torch.Tensor):
+        """Fails if it is moved or copied."""
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            assert func in (torch.Tensor.detach,), func
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    tree = {"a": [torch.ones(3).as_subclass(Uncopied), 2], "b": (torch.zeros(1).as_subclass(Uncopied),)}
+    plain = {"a": [torch.ones(3), 2], "b": (torch.zeros(1),)}
+    assert pack(tree, None) == pack(plain, {})
+    with pytest.raises(AssertionError):
+        pack(tree, {})
 
 
 def test_tensors_of_a_tree_are_put_aside(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from recipes.images.workers import ImageLoader, WorkerDiedError, naming_dead_workers
+from recipes.images.workers import ImageLoader, WorkerDiedError, explain_dead_worker
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,12 +43,12 @@ def test_a_killed_worker_is_one_line(persistent):
 
 def test_torchs_words_are_known_anywhere_and_other_errors_pass():
     with pytest.raises(WorkerDiedError, match="signal: Bus error. .* shared memory: a process that"):
-        with naming_dead_workers():
+        with explain_dead_worker():
             raise RuntimeError(
                 "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
                 "are out of shared\nmemory. "
             )
-    with pytest.raises(RuntimeError, match="^mat1 and mat2"), naming_dead_workers():
+    with pytest.raises(RuntimeError, match="^mat1 and mat2"), explain_dead_worker():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
