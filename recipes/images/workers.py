@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 # Below this many images, starting workers takes longer than they save.
@@ -40,6 +41,10 @@ def explain_dead_worker() -> Iterator[None]:
 class ImageLoader(DataLoader):
     """A DataLoader that chooses the number of its workers, and reports in one line that one has died.
 
+    Torch's own draws a seed from the global generator in every iteration, at the first `next` or before it, once or,
+    with workers that persist, now and then. This one has a generator for it: a model that is trained draws the same
+    numbers whatever is loaded besides.
+
     Args:
         view: a data set with a length.
         batches: a batch sampler, or a list of batches.
@@ -54,7 +59,12 @@ class ImageLoader(DataLoader):
             workers = 0 if len(view) < _SMALL else max(1, min(8, _processors() // ranks_here))
         persistent = persistent and workers > 0
         super().__init__(
-            view, batch_sampler=batches, num_workers=workers, persistent_workers=persistent, pin_memory=pin_memory
+            view,
+            batch_sampler=batches,
+            num_workers=workers,
+            persistent_workers=persistent,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),
         )
 
     def __iter__(self) -> Iterator[Any]:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -117,11 +116,9 @@ class Batches:
             in the update.
         """
         self.sampler.set_epoch(epoch - 1, start=start)
-        with torch.random.fork_rng(devices=()):  # an iterator draws a seed, one more in a run that is resumed
-            batches = iter(self.training)
         weights = self.sampler.weights()
         first = start * self.accumulation
-        for forward, ((images, labels), weight) in enumerate(zip(batches, weights, strict=True), first):
+        for forward, ((images, labels), weight) in enumerate(zip(self.training, weights, strict=True), first):
             images = images.to(self.device, non_blocking=True)
             labels = labels.to(self.device, non_blocking=True)
             if self.mix is not None:  # this part of the epoch, counted over all ranks

@@ -12,6 +12,7 @@ from recipes.results.figures import save_figures
 from recipes.training.checkpoint import append_line, save_checkpoint, to_json, write_text
 from recipes.training.outcome import environment, peak_memory, run_title, summary
 from recipes.training.run import Run
+from recipes.training.state import random_state_kept
 from recipes.training.tracking import scalars
 from timm_deq import Equilibrium
 
@@ -105,7 +106,8 @@ def _results(run: Run, evaluation: Evaluation, report: CollapseReport, selected:
 
 def _evaluate(run: Run, split: str, probe: NCProbe | None = None) -> Evaluation:
     loader = run.batches.evaluation[split]
-    return evaluate(run.network.measured, loader, run.accelerator, len(run.images.class_names), probe)
+    with random_state_kept(run.accelerator.device):  # a model may draw in evaluation too, and training goes on
+        return evaluate(run.network.measured, loader, run.accelerator, len(run.images.class_names), probe)
 
 
 def _probe_training_images(run: Run) -> tuple[Evaluation, CollapseReport]:

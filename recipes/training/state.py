@@ -11,7 +11,8 @@ Tensors lie in safetensors files, all else in JSON; nothing is unpickled. The fo
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,8 @@ class States:
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            write_tree(draft / f"rank-{rank}", {"random": self._random(), "sums": sums, "buffers": self._buffers()})
+            mine = {"random": random_state(self.accelerator.device), "sums": sums, "buffers": self._buffers()}
+            write_tree(draft / f"rank-{rank}", mine)
             tensors: dict[str, Tensor] | None = {} if main else None  # only one rank needs the copies
             content = pack({name: part.state_dict() for name, part in self.parts.items()}, tensors)
             self.accelerator.wait_for_everyone()
@@ -140,7 +142,7 @@ class States:
                 part.load_state_dict(states[name])
         mine = read_tree(folder / f"rank-{self.accelerator.process_index}")
         self._set_buffers(mine["buffers"])
-        self._set_random(mine["random"])
+        set_random_state(mine["random"], self.accelerator.device)
         progress = Progress(**content["progress"])
         self.saved = f"{folder} ({progress})"
         return progress, mine["sums"].to(self.accelerator.device)
@@ -161,20 +163,33 @@ class States:
             for key, buffer in self.parts[name].named_buffers():
                 buffer.copy_(buffers[key])
 
-    def _random(self) -> dict[str, Any]:
-        """State of every random generator of this process."""
-        numpy: Any = np.random.get_state(legacy=False)
-        numpy["state"]["key"] = numpy["state"]["key"].tolist()
-        state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
-        device = torch.get_device_module(self.accelerator.device)
-        return state | ({"device": device.get_rng_state()} if hasattr(device, "get_rng_state") else {})
 
-    def _set_random(self, state: Mapping[str, Any]) -> None:
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
-        torch.set_rng_state(state["torch"])
-        if "device" in state:
-            torch.get_device_module(self.accelerator.device).set_rng_state(state["device"])
+def random_state(device: torch.device) -> dict[str, Any]:
+    """State of every random generator of this process."""
+    numpy: Any = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
+    module = torch.get_device_module(device)
+    return state | ({"device": module.get_rng_state()} if hasattr(module, "get_rng_state") else {})
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put every random generator of this process into a state that `random_state` has given."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "device" in state:
+        torch.get_device_module(device).set_rng_state(state["device"])
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Leave every random generator of this process as it was, whatever is drawn in the block."""
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(state, device)
 
 
 def list_states(folder: Path) -> list[Path]:
