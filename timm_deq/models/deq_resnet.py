@@ -31,7 +31,13 @@ from timm.models.resnet import BasicBlock, Bottleneck, make_blocks
 from torch import Tensor, nn
 
 from timm_deq.models._factory import create_equilibrium_args, create_out_norm
-from timm_deq.models._stage4 import EquilibriumStage, ResidualCell, create_equilibrium_stage, init_weights
+from timm_deq.models._stage4 import (
+    EquilibriumStage,
+    ResidualCell,
+    create_equilibrium_stage,
+    create_explicit_stage,
+    init_weights,
+)
 
 __all__ = ["DEQResNet", "ResidualCell"]
 
@@ -121,28 +127,34 @@ class DEQResNet(nn.Module):
         self.maxpool = nn.Identity() if small_input else nn.MaxPool2d(3, stride=2, padding=1)
         self.feature_info = [dict(num_chs=stem_width, reduction=stride, module="act1")]
 
-        # Stages: make_blocks counts from a stem of stride 4
+        # Stages 1 to 3: make_blocks counts from a stem of stride 4, and ends at the full rate of stochastic depth
         net_stride = output_stride * 4 // stem_stride
         layer_args = dd | {"act_layer": activation, "norm_layer": normalisation}
-        block_args = layer_args | {"drop_path_rate": drop_path_rate, "output_stride": net_stride}
-        stages, feature_info = make_blocks((block,) * 4, channels, layers, stem_width, **block_args)
+        encoder_rate = drop_path_rate * (sum(layers[:3]) - 1) / (sum(layers) - 1)
+        block_args = layer_args | {"drop_path_rate": encoder_rate, "output_stride": net_stride}
+        stages, feature_info = make_blocks((block,) * 3, channels[:3], layers[:3], stem_width, **block_args)
+        self.num_features = channels[3] * block.expansion
+        feature_info.append(dict(num_chs=self.num_features, reduction=net_stride, module="layer4"))
         for info in feature_info:
             self.feature_info.append(dict(info, reduction=info["reduction"] * stem_stride // 4))
-        self.layer1, self.layer2, self.layer3, self.layer4 = (stage for _, stage in stages)
+        self.layer1, self.layer2, self.layer3 = (stage for _, stage in stages)
+        self.layer4: nn.Module = nn.Identity()  # its place among the modules
 
         # Head
-        self.num_features = channels[3] * block.expansion
         self.norm = create_out_norm(out_norm, self.num_features, num_groups=num_groups, **dd)
         self._create_head(num_classes, global_pool, dd)
-
-        # What the twins share is drawn before they part, so that one seed gives both the same encoder and classifier.
         self.init_weights(zero_init_last=zero_init_last)
+
+        # Stage 4 is drawn last, so that one seed gives both twins the same encoder and classifier.
         if equilibrium:
             cell_args = {"num_groups": num_groups, "drop_rate": cell_drop_rate, "branch_gain": branch_gain}
             self.layer4 = create_equilibrium_stage(
                 block, channels, net_stride, cell_args=cell_args, equilibrium_args=equilibrium_args, **layer_args
             )
-            init_weights(self.layer4)
+        else:
+            rates = [drop_path_rate * i / (sum(layers) - 1) for i in range(sum(layers[:3]), sum(layers))]
+            self.layer4 = create_explicit_stage(block, channels, net_stride, drop_path_rates=rates, **layer_args)
+        init_weights(self.layer4, zero_init_last=zero_init_last)
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
