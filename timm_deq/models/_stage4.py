@@ -1,10 +1,11 @@
-"""Stage 4 of the ResNet family: an equilibrium, or ordinary blocks in the explicit twin."""
+"""Stage 4 of the ResNet family: an equilibrium in place of ordinary blocks."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerType, get_act_layer
+from timm.layers import LayerType, get_act_layer
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_avg, downsample_conv
 from torch import Tensor, nn
 
@@ -117,63 +118,19 @@ def create_equilibrium_stage(
     h0_channels, out_channels = (c * block.expansion for c in channels[2:])
     bottleneck, dilation = block is Bottleneck, 32 // output_stride
     inject = downsample_avg if bottleneck else downsample_conv
-    spatial = _spatial_args(output_stride)
-    injection = inject(h0_channels, out_channels, 1 if bottleneck else 3, norm_layer=norm_layer, **spatial, **dd)
+    injection = inject(
+        h0_channels,
+        out_channels,
+        1 if bottleneck else 3,
+        stride=2 if dilation == 1 else 1,
+        dilation=dilation,
+        first_dilation=max(1, dilation // 2),
+        norm_layer=norm_layer,
+        **dd,
+    )
     spread = {"bottleneck": bottleneck, "dilation": dilation, "act_layer": act_layer}
     cell = ResidualCell(out_channels, width=channels[3], **spread, **cell_args, **dd)
     return EquilibriumStage(injection, Equilibrium(cell, **equilibrium_args))
-
-
-def create_explicit_stage(
-    block: type[BasicBlock] | type[Bottleneck],
-    channels: Sequence[int],
-    output_stride: int,
-    *,
-    drop_path_rates: Sequence[float],
-    act_layer: Any,
-    norm_layer: Any,
-    **dd: Any,
-) -> nn.Sequential:
-    """Creates stage 4 of an ordinary ResNet, as timm's `make_blocks` does.
-
-    Args:
-        block: Residual block.
-        channels: Planes of stages 1 to 4.
-        output_stride: See :func:`create_equilibrium_stage`.
-        drop_path_rates: Rate of stochastic depth of each block.
-        act_layer: Activation.
-        norm_layer: Normalisation.
-        dd: Device and dtype.
-    """
-    h0_channels, out_channels = (c * block.expansion for c in channels[2:])
-    spatial = _spatial_args(output_stride)
-    blocks = []
-    for i, rate in enumerate(drop_path_rates):
-        first = i == 0
-        shortcut = None
-        if first and (spatial["stride"] != 1 or h0_channels != out_channels):
-            shortcut = downsample_conv(h0_channels, out_channels, 1, norm_layer=norm_layer, **spatial, **dd)
-        blocks.append(
-            block(
-                h0_channels if first else out_channels,
-                channels[3],
-                spatial["stride"] if first else 1,
-                shortcut,
-                dilation=spatial["dilation"],
-                first_dilation=spatial["first_dilation" if first else "dilation"],
-                drop_path=DropPath(rate) if rate else None,
-                act_layer=act_layer,
-                norm_layer=norm_layer,
-                **dd,
-            )
-        )
-    return nn.Sequential(*blocks)
-
-
-def _spatial_args(output_stride: int) -> dict[str, int]:
-    """Stride and dilation of stage 4 after a stem of stride 4."""
-    dilation = 32 // output_stride
-    return {"stride": 2 if dilation == 1 else 1, "dilation": dilation, "first_dilation": max(1, dilation // 2)}
 
 
 def init_weights(root: nn.Module, *, zero_init_last: bool = True) -> None:
@@ -185,3 +142,9 @@ def init_weights(root: nn.Module, *, zero_init_last: bool = True) -> None:
             module.init_weights()
         elif zero_init_last and isinstance(module, (BasicBlock, Bottleneck)):
             module.zero_init_last()
+
+
+def keep_generators(device: torch.device | str | None) -> AbstractContextManager:
+    """Leaves the random generators of the CPU and of a device as they were, whatever constructors draw in the block."""
+    device = torch.get_default_device() if device is None else torch.device(device)
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

@@ -35,8 +35,8 @@ from timm_deq.models._stage4 import (
     EquilibriumStage,
     ResidualCell,
     create_equilibrium_stage,
-    create_explicit_stage,
     init_weights,
+    keep_generators,
 )
 
 __all__ = ["DEQResNet", "ResidualCell"]
@@ -127,34 +127,33 @@ class DEQResNet(nn.Module):
         self.maxpool = nn.Identity() if small_input else nn.MaxPool2d(3, stride=2, padding=1)
         self.feature_info = [dict(num_chs=stem_width, reduction=stride, module="act1")]
 
-        # Stages 1 to 3: make_blocks counts from a stem of stride 4, and ends at the full rate of stochastic depth
-        net_stride = output_stride * 4 // stem_stride
+        # Stages. `init_weights` draws them, stage 4 last; draws of constructors do not count, so that one seed gives an
+        # equilibrium and its twin the same encoder and classifier.
+        net_stride = output_stride * 4 // stem_stride  # make_blocks counts from a stem of stride 4
         layer_args = dd | {"act_layer": activation, "norm_layer": normalisation}
-        encoder_rate = drop_path_rate * (sum(layers[:3]) - 1) / (sum(layers) - 1)
-        block_args = layer_args | {"drop_path_rate": encoder_rate, "output_stride": net_stride}
-        stages, feature_info = make_blocks((block,) * 3, channels[:3], layers[:3], stem_width, **block_args)
-        self.num_features = channels[3] * block.expansion
-        feature_info.append(dict(num_chs=self.num_features, reduction=net_stride, module="layer4"))
+        depth = 3 if equilibrium else 4
+        rate = drop_path_rate * (sum(layers[:depth]) - 1) / (sum(layers) - 1)  # of the last block that is built
+        block_args = layer_args | {"drop_path_rate": rate, "output_stride": net_stride}
+        with keep_generators(device):
+            stages, feature_info = make_blocks(
+                (block,) * depth, channels[:depth], layers[:depth], stem_width, **block_args
+            )
+            if equilibrium:
+                cell_args = {"num_groups": num_groups, "drop_rate": cell_drop_rate, "branch_gain": branch_gain}
+                stage = create_equilibrium_stage(
+                    block, channels, net_stride, cell_args=cell_args, equilibrium_args=equilibrium_args, **layer_args
+                )
+                stages.append(("layer4", stage))
+                feature_info.append(dict(num_chs=channels[3] * block.expansion, reduction=net_stride, module="layer4"))
+        self.layer1, self.layer2, self.layer3, self.layer4 = (stage for _, stage in stages)
         for info in feature_info:
             self.feature_info.append(dict(info, reduction=info["reduction"] * stem_stride // 4))
-        self.layer1, self.layer2, self.layer3 = (stage for _, stage in stages)
-        self.layer4: nn.Module = nn.Identity()  # its place among the modules
 
         # Head
+        self.num_features = channels[3] * block.expansion
         self.norm = create_out_norm(out_norm, self.num_features, num_groups=num_groups, **dd)
         self._create_head(num_classes, global_pool, dd)
         self.init_weights(zero_init_last=zero_init_last)
-
-        # Stage 4 is drawn last, so that one seed gives both twins the same encoder and classifier.
-        if equilibrium:
-            cell_args = {"num_groups": num_groups, "drop_rate": cell_drop_rate, "branch_gain": branch_gain}
-            self.layer4 = create_equilibrium_stage(
-                block, channels, net_stride, cell_args=cell_args, equilibrium_args=equilibrium_args, **layer_args
-            )
-        else:
-            rates = [drop_path_rate * i / (sum(layers) - 1) for i in range(sum(layers[:3]), sum(layers))]
-            self.layer4 = create_explicit_stage(block, channels, net_stride, drop_path_rates=rates, **layer_args)
-        init_weights(self.layer4, zero_init_last=zero_init_last)
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
