@@ -155,23 +155,23 @@ class DEQResNet(nn.Module):
         self._create_head(num_classes, global_pool, dd)
         self.init_weights(zero_init_last=zero_init_last)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()  # in parentheses, as its types want it
     def init_weights(self, zero_init_last: bool = True) -> None:
         """Initialises convolutions and the gains of residual branches."""
         init_weights(self, zero_init_last=zero_init_last)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group parameters by depth, for layer-wise learning rates."""
         blocks = [(r"^layer(\d+)\.(\d+)", None), (r"^layer(\d+)\.injection", (0,)), (r"^layer(\d+)\.equilibrium", (1,))]
         return dict(stem=r"^conv1|bn1", blocks=r"^layer(\d+)" if coarse else blocks)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the explicit stages in the backward pass. An equilibrium needs no such thing."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def get_classifier(self, name_only: bool = False) -> str | nn.Module:
         """The classifier or its name."""
         return "fc" if name_only else self.fc
