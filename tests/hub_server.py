@@ -10,10 +10,12 @@ file_download.py, utils/_http.py), the git-lfs batch API, and docs/hub/api of hu
     hub.requests                                   # what was asked, as in "POST /api/repos/create 200"
 """
 
+import contextlib
 import json
 import re
 import socket
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
@@ -30,6 +32,7 @@ class Fault(NamedTuple):
     headers: dict[str, str] = {}
     seconds: float = 0.0
     message: str = ""
+    call: Callable[[], None] | None = None
 
 
 def status(code: int, retry_after: int | None = None, message: str = "not now", **headers: str) -> Fault:
@@ -42,6 +45,11 @@ def status(code: int, retry_after: int | None = None, message: str = "not now", 
 cut = Fault("cut")  # the connection ends in the middle of the request
 lost = Fault("lost")  # the request is carried out, and the connection ends before the answer
 half = Fault("half")  # the connection ends in the middle of the answer
+
+
+def meanwhile(call: Callable[[], None]) -> Fault:
+    """Something else happens first."""
+    return Fault("meanwhile", call=call)
 
 
 def slow(seconds: float) -> Fault:
@@ -128,6 +136,8 @@ class Handler(Pages, BaseHTTPRequestHandler):
         self.data = self._read_body()
         if fault.kind == "slow":
             self.hub.closing.wait(fault.seconds)
+        if fault.call is not None:
+            fault.call()
         if self.headers.get("Authorization"):
             self.hub.authorized.append(f"{self.command} {self.headers['Host']} {url.path}")
         try:
@@ -138,7 +148,8 @@ class Handler(Pages, BaseHTTPRequestHandler):
             with self.hub.lock:
                 answer = self._route(url.path)
         except Refusal as refusal:
-            answer = refusal.code, json.dumps(refusal.body).encode(), refusal.headers
+            body = fault.message if fault.message.startswith("<") else json.dumps(refusal.body)
+            answer = refusal.code, body.encode(), refusal.headers
         code, body, headers = answer
         self.hub.requests.append(f"{request} {code}")
         if fault.kind == "lost":
@@ -153,7 +164,8 @@ class Handler(Pages, BaseHTTPRequestHandler):
             self.wfile.write(body[: len(body) // 2])
             return self._hang_up()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # the client has not waited
+                self.wfile.write(body)
 
     do_GET = do_HEAD = do_POST = do_PUT = _serve
 

@@ -76,7 +76,9 @@ class Refusal(Exception):
     def __init__(self, code: int, message: str, error_code: str = "", **body: Any):
         super().__init__(message)
         self.code, self.body = code, {"error": message, **body}
-        self.headers = {"X-Error-Message": message} | ({"X-Error-Code": error_code} if error_code else {})
+        self.headers = {"X-Error-Message": " ".join(message.split())} | (
+            {"X-Error-Code": error_code} if error_code else {}
+        )
 
 
 def card_errors(data: Any) -> list[str]:

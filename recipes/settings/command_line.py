@@ -1,9 +1,11 @@
-"""Words of a command line, made ready for jsonargparse."""
+"""Words of a command line, made ready for jsonargparse, and made from settings."""
 
 import dataclasses
+import json
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -74,3 +76,32 @@ def _check_keys(path: Path) -> None:
     for key in keys:
         if keys.count(key) > 1:
             raise UserError(f"{key} is given twice in {str(path)!r}; allowed: once")
+
+
+def words_of(config: Any) -> list[str]:
+    """The shortest command line that gives these settings: flags for what is not at its default.
+
+    Args:
+        config: dataclass of the settings.
+    """
+    words: list[str] = []
+    for field in dataclasses.fields(config):
+        value, factory = getattr(config, field.name), field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        if value != default:
+            words += _flag(field.name, value)
+    return words
+
+
+def _flag(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flag(f"{name}.{key}", item)
+        return
+    yield f"--{name}"
+    if isinstance(value, str) and "." not in name:
+        yield value
+    elif isinstance(value, str) and yaml.safe_load(value) == value:
+        yield value
+    else:
+        yield json.dumps(value)
