@@ -1,4 +1,5 @@
-"""Errors that the user can mend, and how a command ends with one: a single line on stderr and exit code 2.
+"""Errors that the user can mend, and how a command ends with one: a single line on stderr and exit code 2, or 3 if all
+that is left to do is to push a run to the Hub.
 
 Whatever else is raised is a fault of the program, and ends with its traceback. `python -X dev` shows that of every
 error.
@@ -20,6 +21,10 @@ EXTRA = ("accelerate", "datasets", "sklearn", "matplotlib", "jsonargparse", "psu
 
 class UserError(ValueError):
     """A setting, a file or an image that is not allowed; its message is one line for the user."""
+
+
+class NotPushedError(OSError):
+    """A run has finished and is complete on disk, but the Hub does not have it."""
 
 
 class Stopped(Exception):
@@ -85,7 +90,7 @@ def exit_code(work: Callable[[], None]) -> int:
             _report(traceback.format_exc())
             return 1
         _report(f"error: {message}\n")
-        return 2
+        return 3 if isinstance(error, NotPushedError) else 2
     return 0
 
 

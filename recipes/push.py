@@ -40,6 +40,7 @@ def read_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--message", help="title of the commit")
     flag("--overwrite", action="store_true", help="replace a model of another architecture")
     flag("--push-states", action="store_true", help="push the checkpoints for --resume too")
+    flag("--evaluation", metavar="FOLDER", help="output of recipes/evaluate.py: its anytime curve goes into the card")
     flag("--license", help="of the weights, as the Hub names it (default: apache-2.0)")
     flag("--twin", metavar="ORG/NAME", help="repository of the explicit twin, or of the equilibrium model of a twin")
     return parser.parse_args(argv)
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
     destination = Destination(repo=args.repo, revision=args.revision, private=args.private, overwrite=args.overwrite)
     more = {"message": args.message, "states": args.push_states, "license": args.license, "twin": args.twin}
+    more["evaluation"] = None if args.evaluation is None else Path(args.evaluation)
     print(push(Path(args.run), destination, **more))
 
 

@@ -12,7 +12,8 @@ The run folder holds `config.yaml` (for `--config`), `manifest.json` (which imag
 epoch), `checkpoint` (for `timm.create_model("local-dir:runs/digits/checkpoint", pretrained=True)`), `results.json`,
 `figures` and `states`, from the last of which a run that was interrupted goes on with `--resume auto`: to the same
 numbers, bit by bit, on one CPU process. SIGTERM and Ctrl-C finish the update under way and save it. The test split is
-used once, at the end. A mistake ends the run with one line; `python -X dev` shows where it was found.
+used once, at the end. `--push_to_hub ORG/NAME` pushes the run to the Hub when it has finished, and makes sure that this
+can be done before it begins. A mistake ends the run with one line; `python -X dev` shows where it was found.
 """
 
 import sys
@@ -43,6 +44,7 @@ def train(config: "TrainConfig") -> None:
     from recipes.images.workers import explain_dead_worker
     from recipes.training.epoch import train_epoch
     from recipes.training.faults import SignalHandler, add_checkpoint_to_error, stop
+    from recipes.training.hub import push_finished
     from recipes.training.measurement import measure_epoch, run_test, save_epoch
     from recipes.training.resume import find_start
     from recipes.training.run import conditions, prepare
@@ -60,6 +62,7 @@ def train(config: "TrainConfig") -> None:
     start = find_start(config, conditions(accelerator))
     if start.finished:
         accelerator.print(f"run folder       {start.folder} (had finished)")
+        push_finished(config, start.folder, accelerator)
         return
 
     run = prepare(config, accelerator, start)
@@ -82,6 +85,7 @@ def train(config: "TrainConfig") -> None:
     with add_checkpoint_to_error(lambda: states.saved):
         run_test(run)
     accelerator.end_training()
+    push_finished(config, start.folder, accelerator)
 
 
 if __name__ == "__main__":

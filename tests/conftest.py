@@ -46,16 +46,23 @@ def hub_server():
     hub.close()
 
 
+def fresh_hub(hub, patch, folder):
+    """Empty the Hub, let in a user who is logged in here, and begin with an empty cache."""
+    from hub_store import User
+    from huggingface_hub import constants
+
+    hub.reset()
+    hub.users["hf_kept_secret"] = User("ada", {"lab": "write", "readers": "read"})
+    patch.setenv("HF_TOKEN", "hf_kept_secret")
+    patch.setenv("HF_HUB_CACHE", str(folder))
+    patch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    return hub
+
+
 @pytest.fixture
 def hub(hub_server, tmp_path, monkeypatch):
-    """The same, empty, with a user who is logged in, and a cache that is empty."""
-    from hub_store import User
-    from huggingface_hub import close_session, constants
+    """The Hub, empty, with a user who is logged in, and a cache that is empty."""
+    from huggingface_hub import close_session
 
-    hub_server.reset()
-    hub_server.users["hf_kept_secret"] = User("ada", {"lab": "write", "readers": "read"})
-    monkeypatch.setenv("HF_TOKEN", "hf_kept_secret")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub_cache"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
-    yield hub_server
+    yield fresh_hub(hub_server, monkeypatch, tmp_path / "hub_cache")
     close_session()

@@ -14,6 +14,7 @@ import contextlib
 import json
 import re
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -57,6 +58,14 @@ def slow(seconds: float) -> Fault:
     return Fault("slow", seconds=seconds)
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client that has not waited is to be expected
+            super().handle_error(request, client_address)
+
+
 class Hub:
     """The server, on a thread of its own.
 
@@ -67,14 +76,13 @@ class Hub:
     """
 
     def __init__(self, listener: socket.socket | None = None, *, part_size: int = 2**20, page_size: int = 1000):
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=listener is None)
+        self.server = Server(("127.0.0.1", 0), Handler, bind_and_activate=listener is None)
         if listener is not None:
             self.server.socket.close()
             self.server.socket = listener.dup()
             self.server.server_address = listener.getsockname()
             self.server.server_activate()
         self.server.hub = self  # type: ignore[attr-defined]
-        self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         # Objects are stored elsewhere: another host name is another origin, to which no token may travel.
         self.storage = f"http://localhost:{self.server.server_address[1]}"

@@ -18,8 +18,8 @@ ONCE = ("--imbalance",)
 
 
 def arranged(words: Sequence[str], config: type) -> list[str]:
-    """Rearrange the words for jsonargparse: those of --config before the rest, because later ones win, and those of a
-    list, as in `--correction_at 2 5`, in one.
+    """Rearrange the words for jsonargparse: those of --config before the rest, because later ones win, those of a list,
+    as in `--correction_at 2 5`, in one, and `true` after a switch that stands alone, as in `--private`.
 
     Args:
         words: of the command line.
@@ -46,6 +46,8 @@ def arranged(words: Sequence[str], config: type) -> list[str]:
             path = config_file(values[0])
             _check_keys(path)
             flags[i] = [flag, str(path), *values[1:]]
+        if not values and bool in kinds.get(flag, ()):
+            flags[i] = [flag, "true"]
         is_list = [typing.get_origin(kind) is list for kind in kinds.get(flag, ())]
         if any(is_list) and len(values) > (0 if is_list[0] else 1) and not values[0].startswith("["):
             flags[i] = [flag, f"[{','.join(values)}]"]

@@ -19,6 +19,7 @@ from recipes.settings.sections import (
     SECTIONS,
     DataSettings,
     Essentials,
+    HubSettings,
     ImageSettings,
     ImbalanceSettings,
     LossSettings,
@@ -31,6 +32,7 @@ from recipes.settings.sections import (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(
+    HubSettings,
     MeasureSettings,
     OptimizerSettings,
     LossSettings,

@@ -11,6 +11,7 @@ import timm
 import timm_deq  # noqa: F401 - registers its models
 from recipes.errors import check
 from recipes.imbalance.profiles import PROFILES
+from recipes.settings.hub_name import check_destination, is_hub_name, parse_hub_name
 
 # What makes up for the imbalance by itself, so that two of them would do so twice.
 CORRECTING_SAMPLERS = ("class_balanced", "class_aware", "reverse")
@@ -46,6 +47,7 @@ def check_contradictions(config: Any) -> None:
     _check_loss(config)
     _check_stage(config)
     _check_schedule(config)
+    _check_hub(config)
 
 
 def _check_images(config: Any) -> None:
@@ -120,6 +122,21 @@ def _check_schedule(config: Any) -> None:
     check(not most or warmup <= most, "warmup_epochs", warmup, f"0 to {most}, the epochs")
     milestones = config.decay_milestones
     check(config.sched != "multistep" or milestones != [], "decay_milestones", milestones, "epochs, with multistep")
+
+
+def _check_hub(config: Any) -> None:
+    if is_hub_name(config.model):
+        parse_hub_name(config.model)
+    if config.manifest is not None and is_hub_name(config.manifest):
+        parse_hub_name(config.manifest, setting="manifest")
+    if config.push_to_hub is None:
+        for name in ("private", "revision", "message", "overwrite", "push_states"):
+            value = getattr(config, name)
+            check(not value, name, value, "not given without push_to_hub")
+        return
+    check_destination(config.push_to_hub, config.revision)
+    allowed = "'linear' with push_to_hub, as timm can build no other"
+    check(config.classifier == "linear", "classifier", config.classifier, allowed)
 
 
 def _before_the_end(config: Any, name: str) -> None:

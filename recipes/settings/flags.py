@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_model(self) -> None:
         """Add the model, --pretrained and --output."""
-        model = "run folder of recipes/train.py, timm name, local-dir:FOLDER, hf-hub:ORG/NAME"
+        model = "run folder of recipes/train.py, timm name, local-dir:FOLDER, hf-hub:ORG/NAME[@REVISION]"
         pretrained = "load the weights that timm has for a name, not random ones"
         self.add_argument("model", metavar="MODEL", help=model)
         self.add_argument("--pretrained", action="store_true", help=pretrained)

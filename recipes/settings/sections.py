@@ -241,6 +241,24 @@ class MeasureSettings:
     """where metrics go besides metrics.jsonl; its package must be installed"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class HubSettings:
+    """pushing to the Hub"""
+
+    push_to_hub: str | None = None
+    """repository of the Hub, ORG/NAME, to push the finished run to; whether that can be is checked before training"""
+    private: bool = False
+    """create a repository for its owners alone"""
+    revision: str | None = None
+    """branch; created if it is not there; main if not given"""
+    message: str | None = None
+    """title of the commit"""
+    overwrite: bool = False
+    """replace a model of another architecture"""
+    push_states: bool = False
+    """push the checkpoints for --resume too"""
+
+
 SECTIONS = (
     Essentials,
     RunSettings,
@@ -251,5 +269,6 @@ SECTIONS = (
     LossSettings,
     OptimizerSettings,
     MeasureSettings,
+    HubSettings,
 )
 """In the order of --help."""

@@ -24,6 +24,8 @@ from recipes.errors import UserError, check, did_you_mean
 from recipes.imbalance.classifiers import RowScales, fold, replace_classifier
 from recipes.settings.config import TrainConfig, parse
 from recipes.settings.contradictions import SCALE
+from recipes.settings.hub_name import is_hub_name
+from recipes.training.download import fetch
 
 
 def create_model(config: TrainConfig, num_classes: int | None) -> Any:
@@ -45,7 +47,8 @@ def create_model(config: TrainConfig, num_classes: int | None) -> Any:
         net, trained = load_run(folder, config.model_args), True
     else:
         classes = None if trained else num_classes
-        net = _timm_model(config.model, config.pretrained or trained, classes, config.model_args)
+        pretrained = config.pretrained or trained or is_hub_name(config.model)
+        net = _timm_model(config.model, pretrained, classes, config.model_args)
     if trained and num_classes not in (None, net.num_classes):
         raise UserError(
             f"model {config.model!r} knows {net.num_classes} classes; allowed: a model of {num_classes}, as data set "
@@ -63,7 +66,7 @@ def load_run(folder: Path, model_args: Mapping[str, Any] | None = None) -> Any:
         UserError: the folder is not that of a run with a checkpoint, or arguments that the model does not take.
     """
     config = read_config(folder)
-    saved, plain = folder / "checkpoint", config.classifier == "linear"
+    saved, plain = _saved_model(folder), config.classifier == "linear"
     net = _timm_model(f"local-dir:{saved}", plain, None, model_args or {})
     if not plain:
         replace_classifier(net, config.classifier, scale=config.classifier_scale or SCALE, seed=config.seed)
@@ -78,18 +81,24 @@ def read_config(folder: Path) -> TrainConfig:
         UserError: the folder is not that of such a run.
     """
     for part in ("config.yaml", "manifest.json", "checkpoint"):
-        if not (folder / part).exists():
+        if not (_saved_model(folder) if part == "checkpoint" else folder / part).exists():
             raise UserError(f"model {str(folder)!r} has no {part}; allowed: a folder in which recipes/train.py has run")
     return parse(["--config", str(folder / "config.yaml")])
+
+
+def _saved_model(folder: Path) -> Path:
+    """The folder of a run's model: that of a run that has been pushed lies beside its settings."""
+    return folder if (folder / "model.safetensors").is_file() else folder / "checkpoint"
 
 
 def _timm_model(name: str, pretrained: bool, num_classes: int | None, model_args: Mapping[str, Any]) -> Any:
     if ":" not in name and not timm.is_model(name):
         hint = did_you_mean(name, timm.list_models())
         raise UserError(f"model {name!r} is unknown{hint}; allowed: what timm.list_models() gives")
+    source = f"local-dir:{fetch(name)}" if is_hub_name(name) else name
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **model_args)
-    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+        return timm.create_model(source, pretrained=pretrained, num_classes=num_classes, **model_args)
+    except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, OSError) as error:
         raise UserError(f"model {name!r} cannot be built with model_args {dict(model_args)}: {error}") from error
 
 

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar
 
 import huggingface_hub
@@ -99,12 +100,17 @@ def _refusal(error: HfHubHTTPError) -> Failure:
 
 
 def retry_after(headers: Any) -> float | None:
-    """Seconds after which the Hub wants to be asked again, if it says so."""
+    """Seconds after which the Hub wants to be asked again, if it says so: a number, or a date (RFC 9110, 10.2.3)."""
     limit = parse_ratelimit_headers(headers)
     if limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)
     value = headers.get("Retry-After", "").strip()
-    return float(value) if value.isdigit() else None
+    if value.isdigit():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
 
 
 @contextmanager
@@ -146,4 +152,6 @@ def check_token(setting: str) -> None:
 
 def _one_line(text: str) -> str:
     token = huggingface_hub.get_token()
-    return " ".join((text.replace(token, "[token]") if token else text).split())
+    for secret in {token, repr(token)[1:-1]} if token else ():  # the latter in the repr of a header
+        text = text.replace(secret, "[token]")
+    return " ".join(text.split())

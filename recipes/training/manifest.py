@@ -18,6 +18,8 @@ from recipes.errors import UserError
 from recipes.images.sources import ImageSplit
 from recipes.imbalance.profiles import PROFILES, Groups, groups_of, rank_classes
 from recipes.settings.config import TrainConfig
+from recipes.settings.hub_name import is_hub_name
+from recipes.training.download import fetch
 
 # One random stream per purpose and class, so that one choice never moves another.
 _VALIDATION, _SUBSET = 1, 2
@@ -211,7 +213,10 @@ def choose_images(config: TrainConfig, split: ImageSplit) -> Manifest:
             to select by.
     """
     if config.manifest is not None:
-        manifest = Manifest.load(config.manifest)
+        path = Path(config.manifest)
+        if is_hub_name(config.manifest):
+            path = fetch(config.manifest, ("manifest.json",), (), setting="manifest") / "manifest.json"
+        manifest = Manifest.load(path)
         manifest.check(fingerprint=split.fingerprint, labels=split.labels)
     else:
         manifest = build_manifest(

@@ -1,6 +1,7 @@
 """Measurements of a run: at the end of every epoch, and once on the test split."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,8 @@ import numpy as np
 from nc_probe import CollapseReport, NCProbe
 from recipes.errors import user_errors
 from recipes.results.accuracy import Evaluation, accuracies, evaluate, recalls
-from recipes.results.figures import save_figures
+from recipes.results.calibration import calibration_errors
+from recipes.results.figures import anytime_figure, save_figures
 from recipes.training.checkpoint import append_line, save_checkpoint, to_json, write_text
 from recipes.training.outcome import environment, peak_memory, run_title, summary
 from recipes.training.run import Run
@@ -74,14 +76,17 @@ def run_test(run: Run) -> None:
         _, report = _probe_training_images(run)
         _save_model(run)
     evaluation = _evaluate(run, "test")
+    anytime = _anytime(run, evaluation) if run.config.push_to_hub else []
     accuracy = accuracies(evaluation.confusion, run.images.manifest.groups)
     run.accelerator.log(scalars({"test": accuracy}), step=progress.updates)
     if run.accelerator.is_main_process:
-        results = _results(run, evaluation, report, selected)
+        results = _results(run, evaluation, report, selected) | ({"anytime": anytime} if anytime else {})
         tol = next((m.solver.tol for m in run.network.measured.modules() if isinstance(m, Equilibrium)), None)
         figures: dict[str, Any] = {"tol": tol, "class_names": run.images.class_names}
         figures["title"] = run_title(run.config, run.images.manifest)
         save_figures(run.folder / "figures", progress.records, report, evaluation.log, **figures)
+        if anytime:
+            anytime_figure(anytime, title=figures["title"]).savefig(run.folder / "figures" / "anytime.png", dpi=150)
         write_text(run.folder / "results.json", to_json(results, indent=2))
         print(summary(results, run.folder))
 
@@ -93,6 +98,7 @@ def _results(run: Run, evaluation: Evaluation, report: CollapseReport, selected:
     return {
         "test": accuracies(evaluation.confusion, run.images.manifest.groups),
         "test_per_class": dict(zip(names, recalls(evaluation.confusion).tolist(), strict=True)),
+        "calibration_error": calibration_errors(evaluation.bins, run.images.manifest.groups),
         "collapse": report.as_dict(per_class=True),
         "solver": evaluation.solver,
         "selected": {"by": run.config.select, "epoch": selected},
@@ -102,6 +108,29 @@ def _results(run: Run, evaluation: Evaluation, report: CollapseReport, selected:
         "seconds": time.perf_counter() - run.started,
         **environment(run.accelerator),
     }
+
+
+def _anytime(run: Run, last: Evaluation) -> list[dict[str, Any]]:
+    """Evaluate on the test split with budgets of 1, 2, 4, ... evaluations of the cell, for the model card.
+
+    Args:
+        last: the evaluation with the model's own budget.
+
+    Returns:
+        Points for `recipes.results.figures.anytime_figure`; none for an explicit model.
+    """
+    layers = [module for module in run.network.measured.modules() if isinstance(module, Equilibrium)]
+    solvers, found = [layer.solver for layer in layers], {}
+    most = max((solver.max_steps for solver in solvers), default=0)
+    for budget in (2**i for i in range(most.bit_length()) if 2**i < most):
+        for layer, solver in zip(layers, solvers, strict=True):
+            layer.solver = replace(solver, max_steps=min(budget, solver.max_steps))
+        found[budget] = _evaluate(run, "test")
+    for layer, solver in zip(layers, solvers, strict=True):
+        layer.solver = solver
+    groups = run.images.manifest.groups
+    points = {**found, most: last} if layers else {}
+    return [{"max_steps": budget, "accuracy": accuracies(each.confusion, groups)} for budget, each in points.items()]
 
 
 def _evaluate(run: Run, split: str, probe: NCProbe | None = None) -> Evaluation:

@@ -13,7 +13,9 @@ from recipes.settings.config import TrainConfig
 from recipes.training.checkpoint import draft_of, new_folder, remove_folder, to_json, whole_folder, write_text
 from recipes.training.state import Progress, list_states, read_state, state_name
 
-FREE = ("output", "resume", "checkpoint_every", "keep_checkpoints")  # what a run may change when it goes on
+# What a run may change when it goes on.
+FREE = ("output", "resume", "checkpoint_every", "keep_checkpoints")
+FREE += ("push_to_hub", "private", "revision", "message", "overwrite", "push_states")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nc_probe import CollapseReport, NCProbe
 from recipes.settings.config import TrainConfig
 from recipes.training.batches import Batches, RunImages
+from recipes.training.hub import prepare_push
 from recipes.training.network import Network
 from recipes.training.objective import Objective, create_criterion
 from recipes.training.resume import Start
@@ -95,6 +96,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
 
     Raises:
         UserError: settings that do not fit together, the data set or the model.
+        HubError: the run could not be pushed where it is to be pushed to.
     """
     started = time.perf_counter()
     images = RunImages(config, accelerator)
@@ -113,6 +115,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
     objective = Objective(network.net, criterion, **config.only("jacobian_weight", "correction_at"))
 
     if accelerator.is_main_process:
+        prepare_push(config, network.net.pretrained_cfg["architecture"])
         start.prepare(config, images.manifest.to_json())
     accelerator.wait_for_everyone()
     accelerator.print(f"pipeline         {batches.pipeline.describe()}")

@@ -19,6 +19,7 @@ from recipes.images.views import ImageView, eval_loader, eval_transform
 from recipes.settings.config import TrainConfig
 from recipes.settings.flags import IMAGE_FLAGS
 from recipes.training.checkpoint import create_model, load_run, read_config, to_json, whole_folder, write_text
+from recipes.training.download import run_folder
 from recipes.training.manifest import Manifest
 
 
@@ -31,7 +32,7 @@ class Subject:
 
     Attributes:
         config: settings of the run, or the defaults, with the flags that are given.
-        manifest: of the run; None for a model that is not the folder of one.
+        manifest, folder: of the run, which may come from the Hub; None for a model that is no run.
         images: the split.
         net: after `load_model`: the model, on its device.
 
@@ -44,7 +45,7 @@ class Subject:
 
     def __init__(self, args: argparse.Namespace, split: str | None):
         self.args, self.name = args, args.model
-        self.config, self.manifest = read_settings(args)
+        self.config, self.manifest, self.folder = read_settings(args)
         self.split = split or self.config.train_split
         self.accelerator = Accelerator()
         with self.accelerator.main_process_first(), user_errors():
@@ -69,7 +70,7 @@ class Subject:
             UserError: a model that cannot be loaded, or one of other classes.
         """
         set_seed(self.config.seed)
-        net = open_model(self.config, self.manifest, self.num_classes)
+        net = open_model(self.config, self.folder, self.num_classes)
         if not classifier:
             net.reset_classifier(0)
         hint = ", or --no-classifier" if "no_classifier" in self.args else ""
@@ -97,26 +98,27 @@ class Subject:
         )
 
 
-def read_settings(args: argparse.Namespace) -> tuple[TrainConfig, Manifest | None]:
-    """Read the settings of the model and its images, checked as those of training are, and the manifest of a run.
+def read_settings(args: argparse.Namespace) -> tuple[TrainConfig, Manifest | None, Path | None]:
+    """Read the settings of the model and its images, checked as those of training are, and the manifest and the folder
+    of a run.
 
     Raises:
         UserError: a setting out of its range, or a folder that is not that of a run with a checkpoint.
     """
     given = {name: value for name, value in vars(args).items() if name in IMAGE_FLAGS}
-    folder = Path(args.model)
-    if not folder.is_dir():
+    folder = run_folder(args.model)
+    if folder is None:
         pretrained = args.pretrained or ":" in args.model
-        return TrainConfig(output=".", model=args.model, pretrained=pretrained, **given), None
+        return TrainConfig(output=".", model=args.model, pretrained=pretrained, **given), None, None
     config = read_config(folder)
-    return replace(config, model=args.model, **given), Manifest.load(folder / "manifest.json")
+    return replace(config, model=args.model, **given), Manifest.load(folder / "manifest.json"), folder
 
 
-def open_model(config: TrainConfig, manifest: Manifest | None, num_classes: int) -> Any:
-    """Load the model of a run, whose manifest is given, or create one of timm: of `num_classes` if its weights are
+def open_model(config: TrainConfig, folder: Path | None, num_classes: int) -> Any:
+    """Load the model of a run, whose folder is given, or create one of timm: of `num_classes` if its weights are
     random."""
-    if manifest is not None:
-        return load_run(Path(config.model))
+    if folder is not None:
+        return load_run(folder)
     return create_model(config, None if config.pretrained else num_classes)
 
 

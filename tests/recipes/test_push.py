@@ -179,6 +179,23 @@ def test_what_lasts_ends_in_one_line_and_no_commit(hub, finished, waits, capsys,
     assert not pushed(hub) and (expected is None or waits == expected)
 
 
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "20"}, 20),
+        ({"Retry-After": "Thu, 01 Jan 2026 00:01:40 GMT"}, 40),
+        ({"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}, 0),
+        ({"ratelimit": '"api";r=0;t=33', "Retry-After": "20"}, 33),
+        ({"ratelimit": '"api";r=5;t=33'}, None),
+        ({"Retry-After": "soon"}, None),
+        ({}, None),
+    ],
+)
+def test_how_long_the_hub_asks_to_wait(monkeypatch, headers, seconds):
+    monkeypatch.setattr(time, "time", lambda: 1767225660.0)  # a minute into 2026
+    assert hub_client.retry_after(headers) == seconds
+
+
 def test_an_answer_that_does_not_come_is_not_waited_for(hub, finished, waits, monkeypatch):
     monkeypatch.setattr(hub_client, "TIMEOUT", 0.3)
     hub.fail("POST .*/commit/", slow(1.0))
