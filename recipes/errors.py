@@ -46,11 +46,11 @@ def check(ok: bool, name: str, value: Any, allowed: str) -> None:
 
 
 @contextmanager
-def user_errors(kind: type[Exception] = ValueError, *, what: str = "") -> Iterator[None]:
+def user_errors(kind: type[Exception] | tuple[type[Exception], ...] = ValueError, *, what: str = "") -> Iterator[None]:
     """Report errors of a library that refuses what the user has given it as errors of the user.
 
     Args:
-        kind: class of the errors to report.
+        kind: class of the errors to report, or several.
         what: put before the library's message.
 
     Raises:

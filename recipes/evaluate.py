@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     from recipes.imbalance.classifiers import tau_normalise
     from recipes.training.checkpoint import new_folder
     from recipes.training.evaluation import equilibria, evaluate_budgets, figures, logit_adjustment, table
+    from recipes.training.faults import explain_out_of_memory
     from recipes.training.outcome import environment
     from recipes.training.subject import Subject, save_results
 
@@ -66,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
         layer.gather = not args.no_gather
     if args.tau_normalise is not None:
         tau_normalise(net, args.tau_normalise)
-    points, evaluation = evaluate_budgets(subject, layers, args.max_steps, tol=args.tol, adjust=adjust)
+    with explain_out_of_memory():
+        points, evaluation = evaluate_budgets(subject, layers, args.max_steps, tol=args.tol, adjust=adjust)
 
     if subject.accelerator.is_main_process:
         print(table(points))

@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure a model, print the report and write the output folder."""
     # Imported after the command line has been read, so that --help and mistakes are answered at once.
     from recipes.training.checkpoint import new_folder
+    from recipes.training.faults import explain_out_of_memory
     from recipes.training.outcome import environment
     from recipes.training.probing import chosen_groups, chosen_images, create_probe, figures, measure, sample_features
     from recipes.training.subject import Subject, save_results
@@ -74,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
     subject.load_model(classifier=not args.no_classifier)
     loader = subject.loader(indices)
     probe = create_probe(subject, indices, groups)
-    report = measure(subject, probe, loader)
+    with explain_out_of_memory():
+        report = measure(subject, probe, loader)
     sample = None
     if folder is not None and not args.no_tsne and not args.second_pass:
         sample = sample_features(subject, probe, loader, report)

@@ -43,7 +43,7 @@ def train(config: "TrainConfig") -> None:
 
     from recipes.images.workers import explain_dead_worker
     from recipes.training.epoch import train_epoch
-    from recipes.training.faults import SignalHandler, add_checkpoint_to_error, stop
+    from recipes.training.faults import SignalHandler, add_checkpoint_to_error, explain_out_of_memory, stop
     from recipes.training.hub import push_finished
     from recipes.training.measurement import measure_epoch, run_test, save_epoch
     from recipes.training.resume import find_start
@@ -74,6 +74,7 @@ def train(config: "TrainConfig") -> None:
         SignalHandler(accelerator) as signals,
         add_checkpoint_to_error(lambda: states.saved),
         explain_dead_worker(),
+        explain_out_of_memory(),
     ):
         for epoch in run.epochs():  # epoch 0 measures the initial model
             if epoch:
@@ -82,7 +83,7 @@ def train(config: "TrainConfig") -> None:
             save_epoch(run)
             if signal := signals.requested():
                 stop(accelerator, signal, states.saved)
-    with add_checkpoint_to_error(lambda: states.saved):
+    with add_checkpoint_to_error(lambda: states.saved), explain_out_of_memory():
         run_test(run)
     accelerator.end_training()
     push_finished(config, start.folder, accelerator)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,19 @@ import yaml
 from recipes.errors import UserError, check, did_you_mean
 
 PRESETS = Path(__file__).parents[1] / "presets"
+
+# Types in words.
+WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list": "a list",
+    "dict": "keys with values",
+    "NoneType": "null",
+}
+
+# What other scripts call a setting of this one.
+ALIASES = {"learning_rate": "lr", "wd": "weight_decay", "bs": "batch_size", "data_dir": "dataset", "arch": "model"}
 
 # The later of two flags wins, which scripts rely on, but whoever asks for two profiles wants neither of them alone.
 ONCE = ("--imbalance",)
@@ -69,12 +83,15 @@ def config_file(word: str) -> Path:
 
 
 def _check_keys(path: Path) -> None:
-    """Refuse a file that has a key twice, of which YAML takes the last. What else is wrong with it is found later."""
+    """Refuse a file without keys, or with one of them twice, of which YAML would take the last."""
     try:
         root = yaml.compose(path.read_text(), yaml.SafeLoader)
     except (OSError, ValueError, yaml.YAMLError):
         return
-    keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        kind = "list" if isinstance(root, yaml.SequenceNode) else "text"
+        raise UserError(f"config {str(path)!r} holds a {kind}; allowed: a line NAME: VALUE for each setting")
+    keys = [key.value for key, _ in root.value] if root is not None else []
     for key in keys:
         if keys.count(key) > 1:
             raise UserError(f"{key} is given twice in {str(path)!r}; allowed: once")
@@ -107,3 +124,37 @@ def _flag(name: str, value: Any) -> Iterator[str]:
         yield value
     else:
         yield json.dumps(value)
+
+
+def refusal(message: str, names: Sequence[str]) -> str:
+    """Rephrase what jsonargparse says of a command line like every other error.
+
+    Args:
+        message: of its ArgumentError.
+        names: of all settings.
+    """
+    message = re.sub(r'(?:Parser key|Key) "([\w.]+)"', r"\1", " ".join(message.split()))
+    message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("typing.", "")
+    if unknown := re.match(r"unrecognized arguments: --([\w.-]+)|Option '([\w.-]+)'", message):
+        word = unknown[1] or unknown[2]
+        alias = ALIASES.get(word.replace("-", "_"))
+        hint = f" (did you mean {alias!r}?)" if alias else did_you_mean(word, names)
+        return f"{message}{hint}; allowed: the flags that --help lists"
+    if typed := re.match(r"([\w.]+): (.*) (?:Got|Given) value: (.*)$", message):
+        name, expected, value = typed.groups()
+        words = [word for words in re.findall(r"Expected a Literal\[(.*?)\]", expected) for word in words.split(", ")]
+        kinds = re.findall(r"Expected (?:an? )?(int|float|bool|dict|NoneType)\b", expected)
+        kinds += ["list"] if "list" in expected else []
+        allowed = ", ".join(dict.fromkeys([*words, *(WORDS[kind] for kind in kinds)]))
+        if allowed:
+            hint = did_you_mean(value, [word[1:-1] for word in words])
+            return f"{name} is {_value(value)!r}; allowed: {allowed}{hint}"
+    return message
+
+
+def _value(text: str) -> Any:
+    """Read a value as YAML has it; as text where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text

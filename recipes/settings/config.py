@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-import re
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from timm.optim import list_optimizers
 
 from recipes.errors import UserError, check, did_you_mean
-from recipes.settings.command_line import arranged
+from recipes.settings.command_line import arranged, refusal
 from recipes.settings.contradictions import check_contradictions, profile_settings
 from recipes.settings.sections import (
     SECTIONS,
@@ -28,6 +28,9 @@ from recipes.settings.sections import (
     OptimizerSettings,
     RunSettings,
 )
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # of both Pillow and timm
+PATHS = ("output", "resume", "model", "dataset", "manifest")  # settings that may name a file or a folder, as in ~/x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,10 @@ class TrainConfig(
                 check(value is None or (0 < value <= most and math.isfinite(value)), name, value, allowed)
         check(self.output != "", "output", self.output, "the path of a folder to create")
         check(self.resume != "", "resume", self.resume, "'auto', or a folder of RUN/states")
+        known = self.interpolation in (None, *INTERPOLATIONS)
+        hint = did_you_mean(self.interpolation or "", INTERPOLATIONS)
+        check(known, "interpolation", self.interpolation, f"{', '.join(INTERPOLATIONS)}{hint}")
+        check(self.std is None or all(value > 0 for value in self.std), "std", self.std, "numbers above 0")
         rising = all(a < b for a, b in zip([0, *self.correction_at], self.correction_at, strict=False))
         check(rising, "correction_at", self.correction_at, "increasing numbers of 1 or more")
         check(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "0 or more, below 1")
@@ -142,9 +149,9 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     try:
         namespace = parser.parse_args(arranged(sys.argv[1:] if argv is None else argv, TrainConfig))
     except ArgumentError as error:
-        message = re.sub(r'(?:Parser key|Key) "([\w.]+)"', r"\1", " ".join(str(error).split()))
-        message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("typing.", "")
-        if unknown := re.match(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)'", message):
-            message += did_you_mean(unknown[1] or unknown[2], names) + "; allowed: the flags that --help lists"
-        raise UserError(message) from None
-    return TrainConfig(**{name: namespace[name] for name in names})
+        raise UserError(refusal(str(error), names)) from None
+    values = {name: namespace[name] for name in names}
+    for name in PATHS:
+        if isinstance(values[name], str):
+            values[name] = os.path.expanduser(values[name])
+    return TrainConfig(**values)

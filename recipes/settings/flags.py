@@ -1,12 +1,14 @@
 """Flags of the commands that look at a trained model."""
 
 import argparse
-from typing import NoReturn
+import os
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from recipes.errors import UserError
 
-IMAGE_FLAGS: dict[str, tuple[type, str]] = {
-    "dataset": (str, "'digits' (embedded), a folder, or a Hub dataset id"),
+IMAGE_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "dataset": (os.path.expanduser, "'digits' (embedded), a folder, or a Hub dataset id"),
     "dataset_config": (str, "configuration name of a Hub dataset"),
     "dataset_revision": (str, "commit, tag or branch of a Hub dataset"),
     "image_column": (str, "column of the images; found by its type if not given"),
@@ -27,9 +29,11 @@ class Parser(argparse.ArgumentParser):
         """Add the model, --pretrained and --output."""
         model = "run folder of recipes/train.py, timm name, local-dir:FOLDER, hf-hub:ORG/NAME[@REVISION]"
         pretrained = "load the weights that timm has for a name, not random ones"
-        self.add_argument("model", metavar="MODEL", help=model)
+        self.add_argument("model", metavar="MODEL", type=os.path.expanduser, help=model)
         self.add_argument("--pretrained", action="store_true", help=pretrained)
-        self.add_argument("--output", help="folder to create; one that exists is never touched")
+        self.add_argument(
+            "--output", type=os.path.expanduser, help="folder to create; one that exists is never touched"
+        )
 
     def add_images(self) -> None:
         """Add the flags IMAGE_FLAGS; those that are not given are not in the result."""

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
 from recipes.errors import user_errors
 from recipes.images.augment import BatchMix
 from recipes.images.pipeline import Loader, choose_pipeline
 from recipes.images.sources import load_splits, open_dataset
+from recipes.images.views import eval_transform, train_transform
 from recipes.imbalance.sampling import EpochSampler
 from recipes.settings.config import TrainConfig
 from recipes.training.manifest import Manifest, choose_images
@@ -79,6 +81,7 @@ class Batches:
                 budget_bytes=int(config.budget * 2**20),
                 **config.only("seed", "workers"),
             )
+        self._try_transforms(config, data_config)
         train, indices = images.rows["train"]
         self.sampler = EpochSampler(
             train.labels[indices],
@@ -95,6 +98,15 @@ class Batches:
             prob = 1.0 if config.mix_prob is None else config.mix_prob
             alphas = config.only("mixup_alpha", "cutmix_alpha", "seed")
             self.mix = BatchMix(len(images.class_names), prob=prob, **alphas)
+
+    def _try_transforms(self, config: TrainConfig, data_config: dict[str, Any]) -> None:
+        """Transform a black image, so that settings that do not work are refused before anything is written."""
+        picture = Image.new({1: "L", 3: "RGB"}[data_config["input_size"][0]], (64, 64))
+        with user_errors(Exception, what=f"interpolation {data_config['interpolation']!r} cannot be used: "):
+            eval_transform(data_config)(picture)
+        if not self.pipeline.resident:
+            with user_errors(Exception, what=f"auto_augment {config.auto_augment!r} cannot be used: "):
+                train_transform(data_config, **config.only(*AUGMENTATION))(picture)
 
     def load(self) -> None:
         """Decode what is to stay in memory, and make the loaders."""

@@ -4,12 +4,15 @@ Every file and every folder is complete or absent: it is written under another n
 disk, then renamed.
 """
 
+import inspect
 import json
 import math
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from recipes.errors import UserError, check, did_you_mean
+from recipes.errors import UserError, check, did_you_mean, user_errors
 from recipes.imbalance.classifiers import RowScales, fold, replace_classifier
 from recipes.settings.config import TrainConfig, parse
 from recipes.settings.contradictions import SCALE
@@ -70,7 +73,8 @@ def load_run(folder: Path, model_args: Mapping[str, Any] | None = None) -> Any:
     net = _timm_model(f"local-dir:{saved}", plain, None, model_args or {})
     if not plain:
         replace_classifier(net, config.classifier, scale=config.classifier_scale or SCALE, seed=config.seed)
-        net.load_state_dict(load_file(saved / "model.safetensors"))
+        with user_errors(SafetensorError, what=f"model {str(folder)!r} cannot be read: "):
+            net.load_state_dict(load_file(saved / "model.safetensors"))
     return net
 
 
@@ -98,8 +102,23 @@ def _timm_model(name: str, pretrained: bool, num_classes: int | None, model_args
     source = f"local-dir:{fetch(name)}" if is_hub_name(name) else name
     try:
         return timm.create_model(source, pretrained=pretrained, num_classes=num_classes, **model_args)
-    except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, OSError) as error:
-        raise UserError(f"model {name!r} cannot be built with model_args {dict(model_args)}: {error}") from error
+    except Exception as error:  # of whatever class the model's own code, timm, safetensors or the Hub raise
+        if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+            hint = did_you_mean(unknown[1], _arguments(name))
+            raise UserError(f"model {name!r} has no argument {unknown[1]!r}{hint} in model_args") from error
+        reason = str(error) or type(error).__name__
+        raise UserError(f"model {name!r} cannot be built with model_args {dict(model_args)}: {reason}") from error
+
+
+def _arguments(name: str) -> list[str]:
+    """List the arguments of whatever the module of a timm model defines or imports, to find a mistyped one among."""
+    if not timm.is_model(name):
+        return []
+    found: set[str] = set()
+    for value in vars(sys.modules[timm.model_entrypoint(name).__module__]).values():
+        with suppress(TypeError, ValueError):  # no callable, or one without a signature
+            found |= set(inspect.signature(value).parameters)
+    return sorted(found)
 
 
 def new_folder(output: str) -> Path:

@@ -71,6 +71,25 @@ def add_checkpoint_to_error(saved: Callable[[], str]) -> Iterator[None]:
         raise DiskError(f"{error}; last good checkpoint: {saved()}") from error
 
 
+@contextmanager
+def explain_out_of_memory() -> Iterator[None]:
+    """Report in one line that the memory of the device, or of the machine, is full.
+
+    Raises:
+        UserError: in place of torch's RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        message = " ".join(str(error).split())
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: " not in message:
+            raise
+        raise UserError(
+            f"out of memory: {message}; allowed: a smaller batch_size or eval_batch_size, or the same batch_size over "
+            "more gradient_accumulation_steps"
+        ) from error
+
+
 def check_finite(loss: float, net: nn.Module, where: str) -> None:
     """Check that the loss and all weights are finite.
 

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from timm.data.model_config import resolve_input_data_config
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 
-from recipes.errors import user_errors
+from recipes.errors import UserError, user_errors
 from recipes.imbalance.classifiers import second_stage
 from recipes.settings.config import TrainConfig
 from recipes.training.checkpoint import create_model
@@ -31,6 +32,7 @@ class Network:
         self.net: Any = create_model(config, num_classes).to(accelerator.device)
         if config.stage is not None:
             second_stage(self.net, config.stage)
+        _try_forward(self.net, config, num_classes, accelerator.device)
         self._ema = None
         if config.ema_decay is not None:
             self._ema = ModelEmaV3(self.net, decay=config.ema_decay, use_warmup=True)
@@ -60,3 +62,21 @@ class Network:
         """Average the running statistics of `measured` over ranks, each of which gathers its own."""
         if self.world > 1:
             distribute_bn(self.measured, self.world, reduce=True)
+
+
+@torch.no_grad()
+def _try_forward(net: Any, config: TrainConfig, num_classes: int, device: torch.device) -> None:
+    """Show one black image to the model, so that one that does not work is refused before anything is written.
+
+    Raises:
+        UserError: the model fails, or does not give one logit for each class.
+    """
+    size = resolve_input_data_config(net, config.only("img_size"))["input_size"]
+    image = " x ".join(map(str, size))
+    what = f"model {config.model!r} with model_args {config.model_args} fails on an image of {image}: "
+    training = net.training
+    with user_errors(Exception, what=what):
+        shape = tuple(net.eval()(torch.zeros(1, *size, device=device)).shape)
+    net.train(training)
+    if shape != (1, num_classes):
+        raise UserError(f"{what}logits have shape {shape}; allowed: {(1, num_classes)}")

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from recipes.errors import UserError
+from recipes.errors import UserError, user_errors
 from recipes.imbalance.losses import Loss, create_loss
 from recipes.settings.config import TrainConfig
 from recipes.settings.contradictions import SCALE
@@ -27,7 +27,8 @@ def create_criterion(config: TrainConfig, counts: Sequence[int]) -> Loss:
         arguments["scale"] = config.classifier_scale or SCALE
     if config.reweight_beta is not None:
         arguments["beta"] = config.reweight_beta
-    return create_loss(config.loss, counts, **config.only("label_smoothing", "reweight_epoch"), **arguments)
+    with user_errors(TypeError, what=f"loss {config.loss!r} cannot be created with loss_args {config.loss_args}: "):
+        return create_loss(config.loss, counts, **config.only("label_smoothing", "reweight_epoch"), **arguments)
 
 
 class Objective:

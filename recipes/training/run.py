@@ -15,6 +15,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from nc_probe import CollapseReport, NCProbe
+from recipes.errors import user_errors
 from recipes.settings.config import TrainConfig
 from recipes.training.batches import Batches, RunImages
 from recipes.training.hub import prepare_push
@@ -109,7 +110,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
 
     # The optimizer is built from the unprepared model, whose parameter names timm's groups go by.
     criterion = create_criterion(config, images.manifest.counts).to(accelerator.device)
-    optimizer = create_optimizer_v2(network.net, **config.only("opt", "lr", "weight_decay", "momentum"))
+    optimizer = create_optimizer(config, network.net)
     scheduler = create_scheduler(config, optimizer, batches.sampler.updates)
     model, prepared = accelerator.prepare(network.net, optimizer)
     objective = Objective(network.net, criterion, **config.only("jacobian_weight", "correction_at"))
@@ -164,6 +165,18 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
 def conditions(accelerator: Accelerator) -> dict[str, Any]:
     """Return the conditions, other than settings, that must stay the same in a run that is resumed."""
     return {"ranks": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+
+
+def create_optimizer(config: TrainConfig, net: nn.Module) -> torch.optim.Optimizer:
+    """Create timm's optimizer.
+
+    Raises:
+        UserError: one that this machine or these settings do not allow.
+    """
+    settings = config.only("lr", "weight_decay", "momentum")
+    what = f"opt {config.opt!r} cannot be created with {', '.join(f'{k} {v:g}' for k, v in settings.items())}: "
+    with user_errors(Exception, what=what):
+        return create_optimizer_v2(net, opt=config.opt, **settings)
 
 
 def create_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, updates: int) -> Scheduler | None:

@@ -90,13 +90,20 @@ def test_help_explains_every_field(capsys):
     [
         ("", "required: output"),
         ("--output x --epoch 3", "unrecognized arguments: --epoch 3 (did you mean 'epochs'?); allowed: "),
-        ("--output x --epochs 2.5", "epochs: Expected a int. Got value: 2.5"),
+        ("--output x --epochs 2.5", "epochs is 2.5; allowed: a whole number"),
         ("--output x --epochs -1", "epochs is -1; allowed: 0 or more"),
         ("--output x --epochs", "--epochs: expected one argument"),
-        ("--output x --sampler fair", "sampler: Expected a Literal['instance', 'square_root', 'class_balanced', "),
-        ("--output x --imbalance long", "'exponential', 'pareto', 'explicit', 'as_is']"),
+        ("--output x --sampler fair", "sampler is 'fair'; allowed: 'instance', 'square_root', 'class_balanced', "),
+        ("--output x --loss focall", "'balanced_softmax', 'logit_adjustment', 'vs' (did you mean 'focal'?)"),
+        ("--output x --imbalance exponental", "imbalance is 'exponental'; allowed: 'balanced', 'two_group', "),
+        ("--output x --class_order randm", "'given', 'random', null, a list (did you mean 'random'?)"),
+        ("--output x --counts 1 x", "counts is [1, 'x']; allowed: a whole number, null, a list"),
+        ("--output x --learning_rate 1", "unrecognized arguments: --learning_rate 1 (did you mean 'lr'?); allowed: "),
+        ("--output x --batch-size 1", "(did you mean 'batch_size'?)"),
+        ("--output x --std 0 1 1", "std is [0.0, 1.0, 1.0]; allowed: numbers above 0"),
+        ("--output x --imbalance long", "'exponential', 'pareto', 'explicit', 'as_is', null"),
         ("--output x --opt sdg", "opt is 'sdg'; allowed: timm's optimizers (did you mean 'sgd"),
-        ("--output x --majority few", "majority: "),
+        ("--output x --majority few", "majority is 'few'; allowed: a whole number, null, a list"),
         ("--output x --batch_size 0", "batch_size is 0; allowed: 1 or more"),
         ("--output x --seed -1", "seed is -1; allowed: 0 to 4294967295"),
         ("--output x --lr 0", "lr is 0.0; allowed: above 0"),
@@ -115,7 +122,7 @@ def test_help_explains_every_field(capsys):
         ("--output x --epochs 3 --warmup_epochs 5", "warmup_epochs is 5; allowed: 0 to 3"),
         ("--output x --sched multistep", "decay_milestones is []; allowed: epochs, with multistep"),
         ("--output x --model_args.num_classes 7", "model_args is {'num_classes': 7}; allowed: no num_classes"),
-        ("--output x --model_args 3", "model_args: Expected a dict. Got value: 3"),
+        ("--output x --model_args 3", "model_args is 3; allowed: keys with values"),
         ("--output x --config nowhere.yaml", "config is 'nowhere.yaml'; allowed: a YAML file, or one of cifar100_lt, "),
         ("--output x --config cifar10lt", "imagenet_lt (did you mean 'cifar10_lt'?)"),
         ("--output x --config .", "config is '.'; allowed: a YAML file, or one of "),
@@ -133,12 +140,21 @@ def test_mistakes_are_told_in_one_line(words, message):
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parse(["--output=~/x", "--model", "~/y", "--dataset=~/z", "--train_split=~/t"])
+    assert (config.output, config.model, config.dataset) == tuple(f"{tmp_path}/{name}" for name in "xyz")
+    assert config.train_split == "~/t"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("output: x\nmodle: resnet18\n", "Option 'modle' is not accepted (did you mean 'model'?)"),
-        ("output: x\nepochs: many\n", "epochs: Expected a int. Got value: many"),
+        ("output: x\nepochs: many\n", "epochs is 'many'; allowed: a whole number"),
         ("output: [\n", "config"),
+        ("- output\n- x\n", "x.yaml' holds a list; allowed: a line NAME: VALUE for each setting"),
+        ("output x\n", "x.yaml' holds a text; allowed: a line NAME: VALUE for each setting"),
         ("output: x\nimbalance: step\nimbalance: exponential\n", "imbalance is given twice in "),
         ("!!python/object/apply:os.getcwd []\n", "config"),
     ],

@@ -293,7 +293,7 @@ def test_the_initial_model_is_measured_without_training(tmp_path):
     [
         ("--modle resnet18", "unrecognized arguments: --modle resnet18 (did you mean 'model'?)"),
         ("--model resnet8", "model 'resnet8' is unknown (did you mean "),
-        ("--model_args.tool 1", "model 'deq_resnet8_cifar' cannot be built with model_args {'tool': 1}: "),
+        ("--model_args.tool 1", "model 'deq_resnet8_cifar' has no argument 'tool' (did you mean 'tol'?) in model_args"),
         ("--model_args.solver newton", "newton"),
         ("--dataset org/nothing", "dataset 'org/nothing' cannot be opened: "),
         ("--dataset ./nothing", "dataset './nothing' is not a folder"),
@@ -320,6 +320,16 @@ def test_the_initial_model_is_measured_without_training(tmp_path):
             "tracker 'trackio' needs the package trackio; allowed: none, or after pip install trackio",
         ),
         ("--mean [0.5,0.5]", "mean must have one value or 3 values, got 2"),
+        ("--auto_augment foo", "auto_augment 'foo' cannot be used: "),
+        ("--interpolation cubic", "interpolation is 'cubic'; allowed: nearest, bilinear, bicubic, "),
+        ("--opt fusedadam", "opt 'fusedadam' cannot be created with lr 0.1, weight_decay 0.0005, momentum 0.9: "),
+        ("--momentum 0", "opt 'sgd' cannot be created with lr 0.1, weight_decay 0.0005, momentum 0: Nesterov"),
+        ("--model_args.global_pool=", "with model_args {'global_pool': ''} fails on an image of 3 x 32 x 32: "),
+        ("--model_args.max_steps 2.5", "model 'deq_resnet8_cifar' with model_args {'max_steps': 2.5} "),
+        ("--model_args.max_stps 5", "has no argument 'max_stps' (did you mean 'max_steps'?) in model_args"),
+        ("--model test_vit --model_args.drop_rat 1", "has no argument 'drop_rat' (did you mean 'drop_rate'?)"),
+        ("--model_args.norm_layer foo", "model 'deq_resnet8_cifar' cannot be built with model_args {'norm_layer': "),
+        ("--loss focal --loss_args.gamma two", "loss 'focal' cannot be created with loss_args {'gamma': 'two'}: "),
     ],
 )
 def test_mistakes_are_told_in_one_line_and_leave_nothing(tmp_path, capsys, words, message):
@@ -352,6 +362,33 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
     weights = load_file(folder / "checkpoint" / "model.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
     assert len(lines_of(folder)) == 1 and not (folder / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [lambda: torch.empty(1 << 56), lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of\n memory."))],
+    ids=["cpu", "gpu"],
+)
+def test_memory_that_is_full_is_told_in_one_line(tmp_path, capsys, monkeypatch, fill):
+    from recipes.training.objective import Objective
+
+    monkeypatch.setattr(Objective, "__call__", lambda *_: fill())
+    assert main(["--output", str(tmp_path / "x"), *SMALL]) == 2
+    last = capsys.readouterr().err.splitlines()[-1].rpartition("\r")[2].strip()
+    assert last.startswith("error: out of memory: ") and "allowed: a smaller batch_size or eval_batch_size" in last
+
+
+@pytest.mark.parametrize("classifier", ["linear", "cosine"])
+def test_weights_that_are_cut_short_are_told_in_one_line(tmp_path, capsys, classifier):
+    first, flags = tmp_path / "first", [*SMALL, "--classifier", classifier, "--epochs", "0"]
+    assert main(["--output", str(first), *flags]) == 0
+    weights = first / "checkpoint" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    capsys.readouterr()
+    assert main(["--output", str(tmp_path / "x"), *flags, "--model", str(first)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: model ") and str(first) in err and err.count("\n") == 1
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_corrupt_image_is_named(tmp_path, capsys):
