@@ -65,26 +65,29 @@ def train(config: "TrainConfig") -> None:
         push_finished(config, start.folder, accelerator)
         return
 
-    run = prepare(config, accelerator, start)
-    states = run.states
-    bar = tqdm(total=run.updates, initial=run.progress.updates, unit="update", mininterval=0.5)
-    with (
-        bar,
-        run.objective,
-        SignalHandler(accelerator) as signals,
-        add_checkpoint_to_error(lambda: states.saved),
-        explain_dead_worker(),
-        explain_out_of_memory(),
-    ):
-        for epoch in run.epochs():  # epoch 0 measures the initial model
-            if epoch:
-                train_epoch(run, signals, bar)
-            measure_epoch(run)
-            save_epoch(run)
-            if signal := signals.requested():
-                stop(accelerator, signal, states.saved)
-    with add_checkpoint_to_error(lambda: states.saved), explain_out_of_memory():
-        run_test(run)
+    if start.warning:
+        accelerator.print(start.warning, file=sys.stderr)
+    with start:
+        run = prepare(config, accelerator, start)
+        states = run.states
+        bar = tqdm(total=run.updates, initial=run.progress.updates, unit="update", mininterval=0.5)
+        with (
+            bar,
+            run.objective,
+            SignalHandler(accelerator) as signals,
+            add_checkpoint_to_error(lambda: states.saved),
+            explain_dead_worker(),
+            explain_out_of_memory(),
+        ):
+            for epoch in run.epochs():  # epoch 0 measures the initial model
+                if epoch:
+                    train_epoch(run, signals, bar)
+                measure_epoch(run)
+                save_epoch(run)
+                if signal := signals.requested():
+                    stop(accelerator, signal, states.saved)
+        with add_checkpoint_to_error(lambda: states.saved), explain_out_of_memory():
+            run_test(run)
     accelerator.end_training()
     push_finished(config, start.folder, accelerator)
 

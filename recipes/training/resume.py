@@ -2,7 +2,8 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import yaml
 from recipes.errors import UserError
 from recipes.settings.config import TrainConfig
 from recipes.training.checkpoint import draft_of, new_folder, remove_folder, to_json, whole_folder, write_text
+from recipes.training.integrity import file_hash, find_damage
+from recipes.training.lock import lock_folder
 from recipes.training.state import Progress, list_states, read_state, state_name
 
 # What a run may change when it goes on.
@@ -21,12 +24,23 @@ FREE += ("push_to_hub", "private", "revision", "message", "overwrite", "push_sta
 @dataclass(frozen=True)
 class Start:
     """`folder` is that of the run, `state` the checkpoint to go on from, if any; `new` says that the folder is to be
-    made, and `finished` that the run has nothing left to do."""
+    made, and `finished` that the run has nothing left to do; `warning` is for the user, if not empty.
+
+    Used as a context, it ends the lock on the folder that `prepare` takes.
+    """
 
     folder: Path
     state: Path | None = None
     new: bool = False
     finished: bool = False
+    warning: str = ""
+    _held: ExitStack = field(default_factory=ExitStack, compare=False)
+
+    def __enter__(self) -> "Start":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
 
     def check_images(self, manifest: str) -> None:
         """Refuse to go on with other images than those of the checkpoint, whose manifest has another hash.
@@ -47,17 +61,22 @@ class Start:
             manifest: text of `manifest.json`.
         """
         if not self.new:
+            self._held.enter_context(lock_folder(self.folder))
             return self._clean()
         with whole_folder(self.folder) as draft:
             write_text(draft / "config.yaml", with_no_resume(config).to_yaml())
             write_text(draft / "manifest.json", manifest)
-            if self.state is None:
-                return
-            progress = Progress(**read_state(self.state)["progress"])
-            write_text(draft / "metrics.jsonl", lines(progress))
-            for name in {self.state.name, state_name(progress.best_updates)}:  # that of the best epoch may be kept
-                if (source := self.state.with_name(name)).exists():
-                    shutil.copytree(source, draft / "states" / name)
+            if self.state is not None:
+                self._copy_state(self.state, draft)
+        self._held.enter_context(lock_folder(self.folder))
+
+    @staticmethod
+    def _copy_state(state: Path, folder: Path) -> None:
+        progress = Progress(**read_state(state)["progress"])
+        write_text(folder / "metrics.jsonl", lines(progress))
+        for name in {state.name, state_name(progress.best_updates)}:  # that of the best epoch may be kept
+            if (source := state.with_name(name)).exists():
+                shutil.copytree(source, folder / "states" / name)
 
     def _clean(self) -> None:
         for path in self.folder.glob(".*.draft"):
@@ -107,19 +126,59 @@ def find_start(config: TrainConfig, conditions: Mapping[str, Any]) -> Start:
         if new := state.resolve().parent != (folder / "states").resolve():
             new_folder(config.output)
         compare(config, conditions, content, config.resume)
-        best = state.with_name(state_name(content["progress"]["best_updates"]))
-        if config.select == "best" and not best.exists():
-            raise UserError(f"{str(best)!r}, the checkpoint of the best epoch, is not there; allowed: one beside it")
+        if damage := damage_of(state, config):
+            raise UserError(f"{str(state)!r} cannot be resumed: {damage}; allowed: a whole folder of RUN/states")
         return Start(folder, state, new)
-    settings = folder / "config.yaml"
+    return resume_folder(config, conditions, folder)
+
+
+def resume_folder(config: TrainConfig, conditions: Mapping[str, Any], folder: Path) -> Start:
+    """Find the newest whole state of a run folder; a run that has not come to its first starts over.
+
+    Raises:
+        UserError: the folder is not that of a run, was changed since, or has lost its states.
+    """
+    settings, finished = folder / "config.yaml", (folder / "results.json").exists()
     if not settings.is_file():
         raise UserError(
             f"output {config.output!r} exists and has no config.yaml; allowed: the folder of a run, or none"
         )
-    state = next(reversed(list_states(folder / "states")), None)
+    damages: dict[str, str] = {}
+    for state in reversed(list_states(folder / "states")):
+        if not (damage := damage_of(state, config)):
+            break
+        damages[state.name] = damage
+    else:
+        state = None
+    found = "; ".join(f"state {name} is damaged, as {damage}" for name, damage in damages.items())
+    if state is None and not finished:
+        metrics = folder / "metrics.jsonl"
+        epochs = len(metrics.read_text().splitlines()) - 1 if metrics.exists() else 0
+        if found or epochs > 0:
+            reason = found or f"it has the metrics of {epochs} epochs and no state"
+            raise UserError(f"output {config.output!r} cannot be resumed: {reason}; allowed: another folder")
     content = read_state(state) if state else {"config": yaml.safe_load(settings.read_text())}
     compare(config, conditions, content, config.output)
-    return Start(folder, state, finished=(folder / "results.json").exists())
+    for name, expected in content.get("folder", {}).items():
+        if not (folder / name).is_file() or file_hash(folder / name) != expected:
+            raise UserError(f"{str(folder / name)!r} was changed after the run had begun; allowed: the file as it was")
+    warning = f"warning: {found}: going on from state {state.name}" if found and state and not finished else ""
+    return Start(folder, state, finished=finished, warning=warning)
+
+
+def damage_of(state: Path, config: TrainConfig) -> str | None:
+    """Return what keeps a run from going on from a state, if anything does: its own damage, or that of the best."""
+    try:
+        content = read_state(state)
+        if damage := find_damage(content, state):
+            return damage
+        best = state.with_name(state_name(content["progress"]["best_updates"]))
+        if config.select != "best" or best == state:
+            return None
+        damage = find_damage(read_state(best), best)
+    except UserError as error:
+        return str(error)
+    return damage and f"{damage} in {best.name}, the state of the best epoch"
 
 
 def compare(config: TrainConfig, conditions: Mapping[str, Any], content: Mapping[str, Any], where: str) -> None:

@@ -19,6 +19,7 @@ from recipes.errors import user_errors
 from recipes.settings.config import TrainConfig
 from recipes.training.batches import Batches, RunImages
 from recipes.training.hub import prepare_push
+from recipes.training.integrity import file_hash
 from recipes.training.network import Network
 from recipes.training.objective import Objective, create_criterion
 from recipes.training.resume import Start
@@ -133,6 +134,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
             "config": asdict(config),
             "conditions": conditions(accelerator),
             "manifest": images.manifest.sha256,
+            "folder": {name: file_hash(start.folder / name) for name in ("config.yaml", "manifest.json")},
         },
         keep=config.keep_checkpoints,
         keep_best=config.select == "best",

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from recipes.errors import UserError
 from recipes.training.checkpoint import draft_of, publish, remove_folder, write_tensors, write_text
+from recipes.training.integrity import seal
 from recipes.training.sharding import shard_like, whole
 
 
@@ -107,8 +108,8 @@ class States:
             self.accelerator.wait_for_everyone()
             if tensors is not None:
                 write_tensors(draft / "state.safetensors", tensors)
-                text = json.dumps({**self.identity, "progress": asdict(progress), "parts": content})
-                write_text(draft / "state.json", text)
+                sealed = seal({**self.identity, "progress": asdict(progress), "parts": content}, draft)
+                write_text(draft / "state.json", json.dumps(sealed))
                 publish(draft, folder)
                 self._prune(progress)
         except OSError:

@@ -25,6 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from recipes.train import main
 from recipes.training import state
 from recipes.training.checkpoint import write_tensors, write_text
+from recipes.training.integrity import seal
 from recipes.training.state import Progress, States, pack, unpack
 
 pytestmark = pytest.mark.usefixtures("one_cpu_and_no_network")
@@ -180,7 +181,9 @@ def test_other_images_or_ranks_are_refused(words, straight, tmp_path, capsys):
         ({"manifest": "0" * 64}, "which was 000"),
         ({"conditions": whole["conditions"] | {"ranks": 2}}, "ranks 2, now 1"),
     ):
-        path.write_text(json.dumps(whole | change))
+        path.unlink()
+        changed = {key: value for key, value in (whole | change).items() if key not in ("files", "sha256")}
+        path.write_text(json.dumps(seal(changed, path.parent)))
         assert main(["--output", str(copy), "--resume", "auto", *words]) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
