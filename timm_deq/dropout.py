@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_deq.fixed_point import Map
+from timm_deq.solvers.base import check_number
 
 
 class VariationalDropout(nn.Module):
@@ -23,6 +24,7 @@ class VariationalDropout(nn.Module):
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
+        check_number("p", p)
         if not 0 <= p < 1:
             raise ValueError(f"p must be in [0, 1), got {p!r}")
         self.p = p

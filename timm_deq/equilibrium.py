@@ -13,12 +13,12 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from timm_deq.dropout import one_mask_per_solve
-from timm_deq.fixed_point import Map, fixed_point
+from timm_deq.fixed_point import Map, fixed_point, outside_inference_mode
 from timm_deq.gradients.base import Gradient
 from timm_deq.gradients.implicit import Implicit
 from timm_deq.solution import Solution
 from timm_deq.solvers.anderson import Anderson
-from timm_deq.solvers.base import Solver, autocast_enabled, check_at_least, is_tracing
+from timm_deq.solvers.base import Solver, autocast_enabled, check_bool, check_integer, is_tracing
 
 SolutionHook = Callable[["Equilibrium", str, Solution, list[Tensor]], None]
 """Called with the layer, "forward" or "backward", the solution, and the residuals `(B,)` after each evaluation."""
@@ -80,13 +80,15 @@ class Equilibrium(nn.Module):
         self.gradient = Implicit(self.solver) if gradient is None else gradient
         self.gradient.check_solver(self.solver)
         if min_steps is not None:
-            check_at_least("min_steps", min_steps, 1)
+            check_integer("min_steps", min_steps, 1)
+        check_bool("gather", gather)
         self.min_steps = min_steps
         self.gather = gather
         self._solution_hooks: OrderedDict[int, SolutionHook] = OrderedDict()
         self._iterate_hooks: OrderedDict[int, IterateHook] = OrderedDict()
         self._refuse_sharded_cell()
 
+    @outside_inference_mode
     def forward(self, x: Tensor, z0: Tensor | None = None, u0: Tensor | None = None) -> Tensor:
         """Solves for the equilibrium.
 
@@ -100,9 +102,11 @@ class Equilibrium(nn.Module):
 
         Raises:
             NonFiniteInputError: x is not finite.
-            ValueError: The cell changes the shape, dtype or device of the state.
+            ValueError: The cell changes the shape, dtype or device of the state, or an input of its own in place.
         """
         self._refuse_sharded_cell()
+        if not is_tracing(x) and x.is_inference():
+            x = x.clone()  # with a version counter
         if z0 is None:
             z0 = self.initial_state(x)
         differentiable = torch.is_grad_enabled() and self._requires_grad(x)
@@ -161,6 +165,7 @@ class Equilibrium(nn.Module):
     def _solve(self, f: Map, x: Tensor, z0: Tensor, *, gather: bool) -> Solution:
         """Runs the loop, and reports the solution to the hooks."""
         residual_history = [] if self._solution_hooks else None
+        version = None if is_tracing(x) else x._version
         solution = fixed_point(
             f,
             z0,
@@ -170,8 +175,11 @@ class Equilibrium(nn.Module):
             residual_history=residual_history,
             callback=self._show if self._iterate_hooks else None,
         )
-        if not is_tracing(x) and solution.residual.isinf().any():
-            _check_finite(x)  # most often the cause
+        if version is not None:
+            if x._version != version:
+                raise ValueError("cell must not change its input in place, as x.add_(z) does")
+            if solution.residual.isinf().any():
+                _check_finite(x)  # most often the cause
         if residual_history is not None:
             self._report("forward", solution, residual_history)
         return solution
@@ -228,7 +236,10 @@ class Equilibrium(nn.Module):
         return torch.fx.symbolic_trace(nn.Sequential(self))  # as a child, so that z0 keeps its default
 
     def extra_repr(self) -> str:
-        return f"solver={self.solver}, gradient={self.gradient}"
+        settings = f"solver={self.solver}, gradient={self.gradient}"
+        if self.min_steps is not None:
+            settings += f", min_steps={self.min_steps}"
+        return settings if self.gather else f"{settings}, gather=False"
 
 
 @contextmanager
@@ -244,6 +255,8 @@ def _cached(modules: list[nn.Module], differentiable: bool) -> Iterator[None]:
 
 
 def _check_finite(x: Tensor) -> None:
+    if not x.is_floating_point():
+        return
     samples = int((~x.detach().flatten(1).isfinite().all(dim=1)).sum())
     if samples:
         raise NonFiniteInputError(f"x must be finite, got NaN or infinity in {samples} of {len(x)} samples")

@@ -5,7 +5,8 @@ Forward solves and the linear systems of implicit differentiation run through it
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from functools import wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -17,11 +18,13 @@ from timm_deq.solvers.base import (
     autocast_enabled,
     can_read_without_sync,
     check_at_least,
+    check_integer,
     is_tracing,
     where_rows,
 )
 
 Map = Callable[[Tensor], Tensor]
+P, T = ParamSpec("P"), TypeVar("T")
 
 COMPACT_BELOW = 0.75
 """Converged samples are dropped from the batch once no more than this share is left: each time copies the rest."""
@@ -55,6 +58,23 @@ class _Run(NamedTuple):
         return _Run(*(t.index_copy(0, rows, p) for t, p in zip(self, part, strict=True)))
 
 
+def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
+    """Runs a function on ordinary tensors without gradients where the caller is in inference mode.
+
+    Tensors made in inference mode have no version counters, by which a change in place would be noticed.
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run
+
+
+@outside_inference_mode
 def fixed_point(
     f: Map,
     z0: Tensor,
@@ -96,7 +116,7 @@ def fixed_point(
 
     Raises:
         ValueError: `z0` is not a floating-point tensor of at least 2 dimensions, or f changes the shape, the dtype
-            (outside autocast) or the device of its input.
+            (outside autocast) or the device of its input, or its input itself, in place.
 
     >>> from timm_deq import Picard, Status, fixed_point
     >>> solution = fixed_point(torch.cos, torch.zeros(1, 1), Picard(tol=1e-3, max_steps=50))
@@ -109,6 +129,9 @@ def fixed_point(
         )
     stopping = _stopping(solver, tol, max_steps)
     tracing = is_tracing(z0)
+    # A recorded loop shows none of its steps: whoever follows them is given the static loop.
+    followed = residual_history is not None or callback is not None
+    loops = solver.while_loop and not followed and torch.compiler.is_compiling() and not torch.is_grad_enabled()
     check_every = solver.check_every or (1 if can_read_without_sync(z0) else 4)
     shape: Sequence[int] = z0.shape
 
@@ -121,7 +144,11 @@ def fixed_point(
     finished: tuple[_Run, Tensor] | None = None  # once samples were dropped: the results of all, and who is left
 
     def evaluate(z: Tensor) -> Tensor:
-        return f(z.reshape(shape).to(z0.dtype))
+        version = None if tracing else z._version
+        fz = f(z.reshape(shape).to(z0.dtype))
+        if version is not None and z._version != version:
+            raise ValueError("f must not change its input in place, as relu_(z) and z.add_(x) do")
+        return fz
 
     for step in range(1, stopping.max_steps + 1):
         if callback is not None:
@@ -151,7 +178,7 @@ def fixed_point(
                 run, fz, state = run.take(kept), fz.index_select(0, kept), _take(state, kept)
                 f, shape = subset_map(rows[kept]), (left, *z0.shape[1:])
         run, state = _advance(run, fz, state, solver)
-        if solver.while_loop and step > solver.period and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        if loops and step > solver.period:
             run, step = _while_loop(run, state, solver, stopping, evaluate, step)
             break
 
@@ -169,7 +196,7 @@ def _stopping(solver: Solver, tol: float | None, max_steps: int | None) -> _Stop
     if tol is not None:
         check_at_least("tol", tol, 0)
     if max_steps is not None:
-        check_at_least("max_steps", max_steps, 1)
+        check_integer("max_steps", max_steps, 1)
     return _Stopping(
         solver.tol if tol is None else tol,
         solver.atol,
@@ -239,6 +266,8 @@ def _take(state: State, rows: Tensor) -> State:
 
 
 def _check_map(z: Tensor, fz: Tensor) -> None:
+    if not isinstance(fz, Tensor):
+        raise ValueError(f"f must return a tensor, got {type(fz).__name__}")
     if fz.shape != z.shape:
         raise ValueError(f"f must keep the shape of its input, {tuple(z.shape)}, got {tuple(fz.shape)}")
     if fz.device != z.device:

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from timm_deq.equilibrium import Equilibrium
 from timm_deq.hooks import Hook, HookContext, equilibria
 from timm_deq.solution import Solution, Status
-from timm_deq.solvers.base import check_at_least
+from timm_deq.solvers.base import check_integer
 from timm_deq.spectral import at_equilibrium, spectral_radius
 
 
@@ -36,7 +36,7 @@ class SolveLog(HookContext):
     """
 
     def __init__(self, model: nn.Module, *, spectral_steps: int = 0) -> None:
-        check_at_least("spectral_steps", spectral_steps, 0)
+        check_integer("spectral_steps", spectral_steps, 0)
         self.model = model
         self.spectral_steps = spectral_steps
         self._solves: dict[str, list[Solution]] = {"forward": [], "backward": []}

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from timm_deq.equilibrium import Equilibrium
 from timm_deq.hooks import Hook, HookContext, equilibria
 from timm_deq.jacobian import TransposedJacobian
-from timm_deq.solvers.base import check_at_least
+from timm_deq.solvers.base import check_integer
 
 
 def jacobian_penalty(f: Callable[[Tensor], Tensor], z: Tensor, *, samples: int = 1) -> Tensor:
@@ -42,7 +42,7 @@ def jacobian_penalty(f: Callable[[Tensor], Tensor], z: Tensor, *, samples: int =
     Raises:
         ValueError: `samples` is below 1.
     """
-    check_at_least("samples", samples, 1)
+    check_integer("samples", samples, 1)
     transposed = TransposedJacobian.at(f, z)
     total = z.new_zeros(len(z), dtype=torch.promote_types(z.dtype, torch.float32))
     if transposed.is_zero:
@@ -75,7 +75,7 @@ def spectral_radius(f: Callable[[Tensor], Tensor], z: Tensor, *, steps: int = 20
     Raises:
         ValueError: `steps` is below 1.
     """
-    check_at_least("steps", steps, 1)
+    check_integer("steps", steps, 1)
     transposed = TransposedJacobian.at(f, z)
     dtype = torch.promote_types(z.dtype, torch.float32)
     if transposed.is_zero:
@@ -108,7 +108,7 @@ class JacobianPenalty(HookContext):
     """
 
     def __init__(self, model: nn.Module, *, samples: int = 1) -> None:
-        check_at_least("samples", samples, 1)
+        check_integer("samples", samples, 1)
         self.model = model
         self.samples = samples
         self._penalties: list[Tensor] = []

@@ -7,12 +7,13 @@ the input, the epochs of full-batch training. The nearer the views, the fewer th
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from timm_deq.equilibrium import Equilibrium
 from timm_deq.hooks import Hook, HookContext, equilibria
-from timm_deq.solution import Solution
+from timm_deq.solution import Solution, Status
 
 
 class WarmStart(HookContext):
@@ -24,8 +25,9 @@ class WarmStart(HookContext):
             model(view)
     ```
 
-    A solve whose input has another shape than the last, or that is given a `z0`, starts as without. The adjoint serves
-    the gradients that solve for it (:class:`timm_deq.Implicit`, :class:`timm_deq.Shine`).
+    A solve whose input has another shape than the last, or that is given a `z0`, starts as without, and so does a
+    sample whose last solve failed. The adjoint serves the gradients that solve for it (:class:`timm_deq.Implicit`,
+    :class:`timm_deq.Shine`).
 
     Args:
         model: Any module; all its :class:`Equilibrium` layers are warm-started.
@@ -56,7 +58,9 @@ class WarmStart(HookContext):
         cold = layer.initial_state(args[0] if args else kwargs["x"])
         if z.shape != cold.shape or z.device != cold.device:
             return None
-        return args, {"u0": u, **kwargs, "z0": z.to(cold.dtype)}
+        usable = z.isfinite().flatten(1).all(dim=1).view(-1, *[1] * (z.ndim - 1))
+        return args, {"u0": u, **kwargs, "z0": torch.where(usable, z.to(cold.dtype), cold)}
 
-    def _keep(self, layer: Equilibrium, phase: str, solution: Solution, trace: list[Tensor]) -> None:
-        self._last[layer, phase] = solution.value.detach()
+    def _keep(self, layer: Equilibrium, phase: str, solution: Solution, history: list[Tensor]) -> None:
+        failed = (solution.status == Status.NONFINITE).view(-1, *[1] * (solution.value.ndim - 1))
+        self._last[layer, phase] = torch.where(failed, torch.nan, solution.value.detach())

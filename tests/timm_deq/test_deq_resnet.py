@@ -1,4 +1,5 @@
 import copy
+import inspect
 import json
 import re
 
@@ -26,6 +27,8 @@ from timm_deq import (
     Unrolled,
     set_solver,
 )
+from timm_deq.models._factory import create_equilibrium_args
+from timm_deq.models.deq_resnet import DEQResNet
 
 NAMES = ["deq_resnet18", "deq_resnet18_cifar", "deq_resnet34", "deq_resnet50", "deq_resnet8_cifar"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -287,6 +290,111 @@ def test_set_solver_leaves_a_backward_solve_of_its_own_alone():
     net = model(backward_tol=1e-6)
     set_solver(net, max_steps=3)
     assert equilibrium(net).gradient == Implicit(Anderson(1e-6))
+
+
+# A model as it is made, and changes of its solver one after another.
+CHANGES = {
+    "a backward tolerance": ({"backward_tol": 1e-5}, [{"max_steps": 3}]),
+    "a backward tolerance, then a memory": ({"backward_tol": 1e-5}, [{"memory": 3}, {"tol": 1e-2}]),
+    "a backward budget, then a solver": (
+        {"backward_max_steps": 9},
+        [{"solver": "picard", "damping": 0.8}, {"tol": 0.1}],
+    ),
+    "backward as forward": ({"tol": 1e-3, "backward_tol": 1e-3}, [{"tol": 1e-2}]),
+    "back and forth": ({"memory": 3, "ridge": 1e-3}, [{"solver": "broyden", "memory": 4}, {"solver": "anderson"}]),
+    "every setting": ({}, [{"tol": 0.1, "max_steps": 4, "atol": 1e-3, "check_every": 2, "while_loop": True}]),
+    "settings of anderson": ({}, [{"ridge": 0.1, "mixing": 0.9, "memory": 2}]),
+    "shine": ({"solver": "broyden", "gradient": "shine"}, [{"max_steps": 30}]),
+    "shine with a memory": ({"solver": "broyden", "gradient": "shine", "memory": 5}, [{"max_steps": 30}]),
+    "reversible": ({"solver": "reversible", "gradient": "reversible"}, [{"damping": 0.7, "max_steps": 9}]),
+    "phantom": ({"gradient": "phantom", "phantom_steps": 3}, [{"solver": "picard"}]),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_what_set_solver_leaves_is_what_loading_builds(case, tmp_path):
+    made, changes = CHANGES[case]
+    net = model(**made)
+    for change in changes:
+        set_solver(net, **change)
+    save(net, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert equilibrium(loaded).solver == equilibrium(net).solver
+    assert equilibrium(loaded).gradient == equilibrium(net).gradient
+    for key, value in changes[-1].items():
+        assert key == "solver" or getattr(equilibrium(net).solver, key) == value
+
+
+def test_set_solver_keeps_the_memory_of_shine_as_long_as_the_solve():
+    net = model(solver="broyden", gradient="shine")
+    set_solver(net, max_steps=30)
+    assert equilibrium(net).solver == Broyden(max_steps=30, memory=30)
+    set_solver(net, max_steps=40, memory=7)
+    set_solver(net, max_steps=50)
+    assert equilibrium(net).solver == Broyden(max_steps=50, memory=7)
+
+
+# Every keyword that a model takes, with a value that is not its default and those that it needs.
+KEYWORDS = {
+    "num_classes": 7,
+    "in_chans": 1,
+    "global_pool": "max",
+    "cell_dropout": 0.25,
+    "cell_drop_rate": 0.25,
+    "zero_init_last": False,
+    "equilibrium": False,
+    "out_norm": "group",
+    "num_groups": 4,
+    "branch_gain": 0.5,
+    "output_stride": 4,
+    "act_layer": "silu",
+    "norm_layer": "groupnorm1",
+    "solver": "picard",
+    "tol": 1e-2,
+    "max_steps": 9,
+    "atol": 1e-4,
+    "memory": 3,
+    "ridge": 1e-2,
+    "mixing": 0.9,
+    "damping": {"solver": "picard", "damping": 0.8},
+    "check_every": 3,
+    "while_loop": True,
+    "min_steps": 4,
+    "gather": False,
+    "gradient": "unrolled",
+    "backward_tol": 1e-4,
+    "backward_max_steps": 9,
+    "phantom_steps": {"gradient": "phantom", "phantom_steps": 3},
+    "phantom_damping": {"gradient": "phantom", "phantom_damping": 0.9},
+    "neumann_terms": {"gradient": "neumann", "neumann_terms": 3},
+    "shine_refine": {"solver": "broyden", "gradient": "shine", "shine_refine": 2},
+}
+STRUCTURE = {"block", "layers", "channels", "stem_width", "small_input"}  # what an entry point decides
+REGULARISATION = {"drop_rate", "drop_path_rate"}  # which timm leaves out for its own models too
+
+
+def test_the_list_of_keywords_is_whole():
+    signatures = [inspect.signature(f).parameters for f in (DEQResNet.__init__, create_equilibrium_args)]
+    names = {name for signature in signatures for name in signature} - {"self", "device", "dtype", "solver_args"}
+    assert names == set(KEYWORDS) | STRUCTURE | REGULARISATION
+
+
+@pytest.mark.parametrize("keyword", KEYWORDS)
+def test_every_keyword_survives_saving(keyword, tmp_path):
+    value = KEYWORDS[keyword]
+    kwargs = value if isinstance(value, dict) else {keyword: value}
+    net = model(**kwargs)
+    stored = save(net, tmp_path)["model_args"]
+    assert kwargs.items() <= stored.items() or keyword == "cell_drop_rate"
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert str(loaded) == str(net)  # which shows the settings of solver, gradient and dropout
+    assert str(net) != str(model()) or keyword == "zero_init_last"
+    assert loaded.state_dict().keys() == net.state_dict().keys()
+
+
+def test_a_dropout_of_two_names():
+    with pytest.raises(ValueError, match="cell_drop_rate must be 0 where cell_dropout is given, got 0.2"):
+        model(cell_dropout=0.1, cell_drop_rate=0.2)
 
 
 def test_set_solver_refuses_and_changes_nothing():

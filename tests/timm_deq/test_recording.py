@@ -153,6 +153,27 @@ def test_a_while_loop_compiles():
         assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(IMAGES), net(IMAGES))
 
 
+def test_whoever_follows_a_compiled_solve_sees_all_of_it():
+    """A recorded loop would show the steps before it alone: its place is taken by the static loop."""
+    torch.manual_seed(0)
+    cell, x, seen = RotatingCell(), torch.randn(4, 5), []
+    layer = Equilibrium(cell, solver=Picard(1e-30, 11, while_loop=True)).eval()
+    compiled = torch.compile(layer, backend="aot_eager")
+    with torch.no_grad():
+        compiled(x)  # without a listener first
+        with SolveLog(layer) as log:
+            compiled(x)
+        handle = layer.register_iterate_hook(lambda layer, step, z: seen.append((step, z.clone())))
+        compiled(x)
+        handle.remove()
+        with SolveLog(layer) as eager:
+            layer(x)
+    assert log.trace.shape == (11, 4)
+    torch.testing.assert_close(log.trace, eager.trace)
+    assert [step for step, _ in seen] == list(range(11))
+    torch.testing.assert_close(seen[1][1], cell(torch.zeros_like(x), x))
+
+
 # The exporter touches names that copyreg and its own dependencies have deprecated.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("solver", SLOW_BUT_ONE)

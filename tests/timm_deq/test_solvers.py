@@ -1,10 +1,25 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import Linear, cell_and_input, generator
 
-from timm_deq import Anderson, Broyden, Picard, ReversibleIteration, Status, fixed_point
+from timm_deq import (
+    Anderson,
+    Broyden,
+    Equilibrium,
+    JacobianPenalty,
+    Neumann,
+    Phantom,
+    Picard,
+    ReversibleIteration,
+    Shine,
+    SolveLog,
+    Status,
+    VariationalDropout,
+    fixed_point,
+)
 from timm_deq.solvers.anderson import _solve
 from timm_deq.solvers.broyden import BroydenState
 
@@ -235,6 +250,57 @@ def test_histories_are_copied_only_for_autograd(solver, requires_grad):
 )
 def test_bad_settings(make, message):
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+INTEGERS = {
+    "max_steps": lambda value: Picard(max_steps=value),
+    "check_every": lambda value: Picard(check_every=value),
+    "memory of anderson": lambda value: Anderson(memory=value),
+    "memory of broyden": lambda value: Broyden(memory=value),
+    "steps": Phantom,
+    "terms": Neumann,
+    "refine": Shine,
+    "min_steps": lambda value: Equilibrium(torch.nn.Identity(), min_steps=value),
+    "samples": lambda value: JacobianPenalty(torch.nn.Identity(), samples=value),
+    "spectral_steps": lambda value: SolveLog(torch.nn.Identity(), spectral_steps=value),
+    "max_steps of a call": lambda value: fixed_point(torch.cos, torch.zeros(1, 1), Picard(), max_steps=value),
+}
+NUMBERS = {
+    "tol": lambda value: Picard(value),
+    "atol": lambda value: Picard(atol=value),
+    "ridge": lambda value: Anderson(ridge=value),
+    "mixing": lambda value: Anderson(mixing=value),
+    "damping": lambda value: Picard(damping=value),
+    "damping of reversible": lambda value: ReversibleIteration(damping=value),
+    "damping of phantom": lambda value: Phantom(damping=value),
+    "p": VariationalDropout,
+}
+
+
+@pytest.mark.parametrize("value", [20.0, "20", True, np.int64(20), torch.tensor(20)], ids=repr)
+@pytest.mark.parametrize("name", INTEGERS)
+def test_an_integer_setting_of_another_type(name, value):
+    with pytest.raises(ValueError, match=f"{name.split()[0]} must be an int, got .* of type {type(value).__name__}"):
+        INTEGERS[name](value)
+
+
+@pytest.mark.parametrize("value", ["1e-3", True, [0.1], np.float32(0.1)], ids=repr)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_of_another_type(name, value):
+    with pytest.raises(ValueError, match=f"{name.split()[0]} must be a number, got .* of type {type(value).__name__}"):
+        NUMBERS[name](value)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("while_loop", lambda: Picard(while_loop="no")),
+        ("gather", lambda: Equilibrium(torch.nn.Identity(), gather="no")),
+    ],
+)
+def test_a_bool_of_another_type(name, make):
+    with pytest.raises(ValueError, match=f"{name} must be True or False, got 'no'"):
         make()
 
 

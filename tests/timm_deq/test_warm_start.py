@@ -1,8 +1,9 @@
 import pytest
 import torch
 from problems import cell_and_input
+from torch import nn
 
-from timm_deq import Equilibrium, Implicit, Picard, SolveLog, WarmStart
+from timm_deq import Broyden, Equilibrium, Implicit, Picard, Shine, SolveLog, Status, WarmStart
 
 
 def layer_and_views():
@@ -65,3 +66,54 @@ def test_the_exact_adjoint_as_a_start_is_found_at_once(scale):
     handle.remove()
     assert [phase for phase, _ in reports] == ["forward", "backward"] * 2
     assert reports[1][1].steps.max() > 3 and reports[3][1].steps.max() == 1
+
+
+@pytest.mark.parametrize("gradient", [Implicit(Picard(1e-8, 200)), Shine(60)], ids=["implicit", "shine"])
+def test_a_batch_of_another_size_starts_cold_in_both_passes(gradient):
+    cell, x = cell_and_input("conv")
+    layer = Equilibrium(cell, solver=Broyden(1e-8, 200, memory=60), gradient=gradient)
+    expected = layer_gradient(layer, x[:2])
+    with WarmStart(layer):
+        layer_gradient(layer, x)
+        torch.testing.assert_close(layer_gradient(layer, x[:2]), expected)
+    other = x.new_ones(1, 4, 2, 2)
+    (found,) = torch.autograd.grad(layer(x[:2], u0=other).sum(), x)
+    torch.testing.assert_close(found[:2], expected)
+
+
+def layer_gradient(layer, x):
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(layer(x).sum(), x)[0]
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("solver", [Picard(1e-8, 200), Broyden(1e-8, 200)], ids=["picard", "broyden"])
+def test_a_step_that_is_not_finite_is_seen_and_leaves_nothing_behind(solver, bad):
+    """Its gradient is not finite in that sample, and the next step has the gradients of one without it."""
+    cell, x = cell_and_input("conv")
+    layer = Equilibrium(cell, solver=solver, gradient=Implicit(solver))
+    expected = gradient(layer, x)
+    weights = torch.arange(x.numel()).view_as(x).to(x.dtype)
+    with WarmStart(layer):
+        gradient(layer, x)
+        spoilt = weights.clone()
+        spoilt[1] = bad
+        (found,) = torch.autograd.grad((layer(x) * spoilt).sum(), x)
+        assert not found[1].isfinite().all()
+        torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient(layer, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sample_whose_solve_failed_starts_cold():
+    class Escaping(nn.Module):
+        """Doubles, and leaves the range of finite numbers, for a negative x."""
+
+        def forward(self, z, x):
+            return torch.where(z.abs() > 100, torch.nan, torch.where(x < 0, 2 * z + x, z / 2 + x))
+
+    layer = Equilibrium(Escaping(), solver=Picard(1e-4, 50)).eval()
+    with WarmStart(layer), SolveLog(layer) as log:
+        layer(torch.tensor([[1.0], [-1.0]]))
+        layer(torch.tensor([[1.0], [1.0]]))
+    assert log.status.view(2, 2).tolist() == [[0, Status.NONFINITE], [0, 0]]
+    assert log.steps[2] == 1 and log.steps[3] == log.steps[0]  # warm, and as if for the first time

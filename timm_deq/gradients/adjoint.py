@@ -54,8 +54,7 @@ class AdjointGradient(Gradient):
             return z_star
 
         def solve(adjoint: Map, g: Tensor, scale: Tensor) -> Tensor:
-            first = None if start is None else start.detach().to(g.dtype) / scale
-            solution = self.solve(adjoint, g, first, state)
+            solution = self.solve(adjoint, g, _usable_start(start, g, scale), state)
             if isinstance(solution, Tensor):
                 return solution * scale
             u = solution.value * scale
@@ -64,6 +63,18 @@ class AdjointGradient(Gradient):
             return u
 
         return _Adjoint.apply(transposed.fz, transposed.z, z_star, solve)
+
+
+def _usable_start(start: Tensor | None, g: Tensor, scale: Tensor) -> Tensor | None:
+    """A first guess in the scale of `g`, or `g` itself in samples where either is not finite; None if it is no guess.
+
+    So a cotangent that is not finite reaches the parameters, and a guess that one has left behind does no harm.
+    """
+    if start is None or start.shape != g.shape or start.device != g.device:
+        return None
+    start = start.detach().to(g.dtype) / scale
+    finite = (start + g).flatten(1).isfinite().all(dim=1)
+    return torch.where(finite.view(scale.shape), start, g)
 
 
 class _Adjoint(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from timm_deq.fixed_point import Map
 from timm_deq.gradients.adjoint import AdjointGradient
-from timm_deq.solvers.base import State, check_at_least
+from timm_deq.solvers.base import State, check_integer
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Neumann(AdjointGradient):
     terms: int = 5
 
     def __post_init__(self) -> None:
-        check_at_least("terms", self.terms, 1)
+        check_integer("terms", self.terms, 1)
 
     def solve(self, adjoint: Map, g: Tensor, start: Tensor | None, state: State | None) -> Tensor:
         u = g

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from timm_deq.fixed_point import Map
 from timm_deq.gradients.base import BackwardCallback, Gradient, with_gradient_of
-from timm_deq.solvers.base import State, check_at_least
+from timm_deq.solvers.base import State, check_integer, check_number
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Phantom(Gradient):
     damping: float = 0.5
 
     def __post_init__(self) -> None:
-        check_at_least("steps", self.steps, 1)
+        check_integer("steps", self.steps, 1)
+        check_number("damping", self.damping)
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be in (0, 1], got {self.damping!r}")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from timm_deq.fixed_point import Map, fixed_point
 from timm_deq.gradients.adjoint import AdjointGradient
 from timm_deq.solution import Solution
-from timm_deq.solvers.base import Solver, State, check_at_least, where_rows
+from timm_deq.solvers.base import Solver, State, check_integer, where_rows
 from timm_deq.solvers.broyden import Broyden, BroydenState, apply_inverse
 
 
@@ -39,7 +39,7 @@ class Shine(AdjointGradient):
     refine: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least("refine", self.refine, 0)
+        check_integer("refine", self.refine, 0)
 
     def solve(self, adjoint: Map, g: Tensor, start: Tensor | None, state: State | None) -> Solution | Tensor:
         if not isinstance(state, BroydenState):

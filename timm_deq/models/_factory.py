@@ -3,7 +3,7 @@
 Flat, because `timm` stores a model's keywords in `config.json`: what builds an equilibrium survives the Hub.
 """
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from timm_deq.equilibrium import Equilibrium
 from timm_deq.gradients import Gradient, Implicit, Neumann, Phantom, Reversible, Shine, Unrolled
 from timm_deq.hooks import equilibria
 from timm_deq.solvers import Anderson, Broyden, Picard, ReversibleIteration, Solver
-from timm_deq.solvers.base import check_at_least
+from timm_deq.solvers.base import check_integer
 
 SOLVERS: dict[str, type[Solver]] = {
     "picard": Picard,
@@ -123,7 +123,7 @@ def create_equilibrium_args(
         shine_refine: Steps that refine the shared inverse of "shine".
     """
     if min_steps is not None:
-        check_at_least("min_steps", min_steps, 1)
+        check_integer("min_steps", min_steps, 1)
     if gradient == "shine" and solver == "broyden" and memory is None:
         memory = max_steps  # a restart would throw away what the gradient is to share
     chosen = create_solver(
@@ -177,8 +177,8 @@ def create_out_norm(
 def set_solver(model: nn.Module, solver: str | None = None, **settings: Any) -> None:
     """Changes how a model solves for its equilibria: the anytime knob, `set_solver(model, max_steps=4)`.
 
-    The backward solve of an implicit gradient follows where it had the settings of the forward solve. The change is
-    recorded in the model's arguments, so it survives `deepcopy`, saving and the Hub.
+    The backward solve of an implicit gradient follows; a tolerance and a budget of its own it keeps. The settings are
+    recorded in the model's arguments, so they survive `deepcopy`, saving and the Hub.
 
     Args:
         model: A module with at least one :class:`Equilibrium`.
@@ -193,24 +193,49 @@ def set_solver(model: nn.Module, solver: str | None = None, **settings: Any) -> 
     if not layers:
         raise ValueError(f"model must have an Equilibrium layer, got {type(model).__name__} without one")
     given = {key: value for key, value in settings.items() if value is not None}
-    changed = [_changed(layer.solver, solver, given) for layer in layers]
+    changed = [_changed(layer, solver, given) for layer in layers]
     for layer, new in zip(layers, changed, strict=True):  # all valid before any is set
         layer.gradient.check_solver(new)
+    recorded: dict[str, Any] = {}
     for layer, new in zip(layers, changed, strict=True):
-        if isinstance(layer.gradient, Implicit) and layer.gradient.solver == layer.solver:
-            layer.gradient = Implicit(new)
+        recorded = _recorded(new)
+        if isinstance(layer.gradient, Implicit):
+            layer.gradient, backward = _following(layer.gradient, layer.solver, new)
+            recorded.update(backward)
         layer.solver = new
-    recorded: dict[str, Any] = dict(given)
-    if solver is not None:  # settings recorded for the solver before it must not reach the new one
-        foreign = {field.name for cls in SOLVERS.values() for field in fields(cls)} - _names(SOLVERS[solver])
-        recorded.update(dict.fromkeys(foreign), solver=solver)
     update_model_args(model, **recorded)
 
 
-def _changed(current: Solver, name: str | None, given: dict[str, Any]) -> Solver:
+def _changed(layer: Equilibrium, name: str | None, given: dict[str, Any]) -> Solver:
+    """The solver of a layer after a change of its settings, or of the solver itself."""
+    current = layer.solver
     if name is not None and SOLVERS.get(name) is not type(current):
         return create_solver(name, **{"tol": current.tol, "max_steps": current.max_steps, **given})
-    return replace(current, **_known_settings(type(current).__name__, type(current), given))
+    new = replace(current, **_known_settings(type(current).__name__, type(current), given))
+    if isinstance(layer.gradient, Shine) and isinstance(current, Broyden) and isinstance(new, Broyden):
+        if current.memory == current.max_steps and "memory" not in given:  # as when the model was made
+            new = replace(new, memory=new.max_steps)
+    return new
+
+
+def _recorded(solver: Solver) -> dict[str, Any]:
+    """The keywords that build a solver, all of them, so that nothing recorded for the one before it reaches it."""
+    names = {cls: name for name, cls in SOLVERS.items()}
+    if type(solver) not in names:
+        return {}
+    every = {field.name for cls in SOLVERS.values() for field in fields(cls)}
+    return {"solver": names[type(solver)], **dict.fromkeys(every), **asdict(solver)}
+
+
+def _following(gradient: Implicit, old: Solver, new: Solver) -> tuple[Implicit, dict[str, Any]]:
+    """The implicit gradient after a change of the forward solver, and its keywords: as :func:`create_gradient`."""
+    backward = gradient.solver
+    if backward == old:
+        return Implicit(new), {"backward_tol": None, "backward_max_steps": None}
+    own = {"tol": backward.tol, "max_steps": backward.max_steps}
+    if backward != replace(old, **own):  # not one that keywords describe
+        return gradient, {}
+    return Implicit(replace(new, **own)), {f"backward_{key}": value for key, value in own.items()}
 
 
 def _known_settings(owner: str, cls: type[Solver], settings: dict[str, Any]) -> dict[str, Any]:

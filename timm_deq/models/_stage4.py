@@ -70,6 +70,9 @@ class ResidualCell(nn.Module):
         assert isinstance(last_norm, nn.GroupNorm)
         nn.init.constant_(last_norm.weight, self.branch_gain)
 
+    def extra_repr(self) -> str:
+        return f"branch_gain={self.branch_gain}"
+
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """One step for a state z and an injected input x, both `(B, C, H, W)`."""
         return self.norm(self.act(z + self.drop(self.branch(z)) + x))

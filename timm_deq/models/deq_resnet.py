@@ -26,7 +26,8 @@ from timm.layers import (
     get_norm_layer,
 )
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices  # timm has no public name for it
+from timm.models._features import feature_take_indices  # timm has no public name for it, nor for the next
+from timm.models._input import update_model_args
 from timm.models.resnet import BasicBlock, Bottleneck, make_blocks
 from torch import Tensor, nn
 
@@ -58,7 +59,8 @@ class DEQResNet(nn.Module):
         global_pool: Pooling, as timm names it.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth in the explicit stages.
-        cell_drop_rate: Variational dropout in the cell: one mask for each solve. The twin ignores it.
+        cell_dropout: Variational dropout in the cell: one mask for each solve. The twin ignores it.
+        cell_drop_rate: The former name of `cell_dropout`, which timm does not save with the weights.
         zero_init_last: Zero-initialise the last normalisation of each explicit residual branch.
         equilibrium: Whether stage 4 is an equilibrium; False builds the explicit twin.
         out_norm: Normalisation before pooling: "none", "group" or "batch_relu".
@@ -91,6 +93,7 @@ class DEQResNet(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        cell_dropout: float = 0.0,
         cell_drop_rate: float = 0.0,
         zero_init_last: bool = True,
         equilibrium: bool = True,
@@ -106,6 +109,9 @@ class DEQResNet(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        if cell_dropout and cell_drop_rate:
+            raise ValueError(f"cell_drop_rate must be 0 where cell_dropout is given, got {cell_drop_rate!r}")
+        cell_dropout = cell_dropout or cell_drop_rate
         activation: Any = get_act_layer(act_layer)
         normalisation: Any = get_norm_layer(norm_layer)
         stem_stride = 1 if small_input else 4
@@ -139,7 +145,7 @@ class DEQResNet(nn.Module):
                 (block,) * depth, channels[:depth], layers[:depth], stem_width, **block_args
             )
             if equilibrium:
-                cell_args = {"num_groups": num_groups, "drop_rate": cell_drop_rate, "branch_gain": branch_gain}
+                cell_args = {"num_groups": num_groups, "drop_rate": cell_dropout, "branch_gain": branch_gain}
                 stage = create_equilibrium_stage(
                     block, channels, net_stride, cell_args=cell_args, equilibrium_args=equilibrium_args, **layer_args
                 )
@@ -297,7 +303,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 
 def _create_deq_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> DEQResNet:
-    return build_model_with_cfg(DEQResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    model = build_model_with_cfg(DEQResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    if kwargs.get("cell_drop_rate"):
+        update_model_args(model, cell_dropout=kwargs["cell_drop_rate"])
+    return model
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from timm_deq.solvers.base import (
     Solver,
     can_read_without_sync,
     check_at_least,
+    check_integer,
+    check_number,
     is_differentiated,
     is_tracing,
     set_slot,
@@ -71,8 +73,9 @@ class Anderson(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least("memory", self.memory, 1)
+        check_integer("memory", self.memory, 1)
         check_at_least("ridge", self.ridge, 0)
+        check_number("mixing", self.mixing)
         if not 0 < self.mixing < 2:
             raise ValueError(f"mixing must be in (0, 2), got {self.mixing!r}")
 

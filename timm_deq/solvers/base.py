@@ -16,9 +16,32 @@ State = Any
 
 
 def check_at_least(name: str, value: float, least: float, *, strictly: bool = False) -> None:
-    """Raises ValueError, naming the argument, unless `value` is at least (or above) `least`."""
+    """Raises ValueError, naming the argument, unless `value` is a number of at least (or above) `least`."""
+    check_number(name, value)
     if not (value > least if strictly else value >= least):  # written so that NaN fails
         raise ValueError(f"{name} must be {'above' if strictly else 'at least'} {least}, got {value!r}")
+
+
+def check_integer(name: str, value: int, least: int) -> None:
+    """Raises ValueError, naming the argument, unless `value` is an int of at least `least`.
+
+    Integers of NumPy are refused as a float is: a model that was made with them could not be saved.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    check_at_least(name, value, least)
+
+
+def check_number(name: str, value: float) -> None:
+    """Raises ValueError, naming the argument, unless `value` is an int or a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+
+
+def check_bool(name: str, value: bool) -> None:
+    """Raises ValueError, naming the argument, unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -55,9 +78,10 @@ class Solver(ABC):
     def __post_init__(self) -> None:
         check_at_least("tol", self.tol, 0, strictly=True)
         check_at_least("atol", self.atol, 0)
-        check_at_least("max_steps", self.max_steps, 1)
+        check_integer("max_steps", self.max_steps, 1)
         if self.check_every is not None:
-            check_at_least("check_every", self.check_every, 1)
+            check_integer("check_every", self.check_every, 1)
+        check_bool("while_loop", self.while_loop)
 
     @property
     def period(self) -> int:

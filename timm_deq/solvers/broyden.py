@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from timm_deq.solvers.base import Solver, check_at_least, set_slot, where_rows, zero_rows
+from timm_deq.solvers.base import Solver, check_integer, set_slot, where_rows, zero_rows
 
 
 class BroydenState(NamedTuple):
@@ -59,7 +59,7 @@ class Broyden(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least("memory", self.memory, 1)
+        check_integer("memory", self.memory, 1)
 
     @property
     def period(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
-from timm_deq.solvers.base import Solver, State
+from timm_deq.solvers.base import Solver, State, check_number
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Picard(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_number("damping", self.damping)
         if not 0 < self.damping < 2:
             raise ValueError(f"damping must be in (0, 2), got {self.damping!r}")
 

@@ -16,7 +16,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from timm_deq.solvers.base import Solver, where_rows
+from timm_deq.solvers.base import Solver, check_number, where_rows
 
 
 class ReversibleState(NamedTuple):
@@ -55,6 +55,7 @@ class ReversibleIteration(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_number("damping", self.damping)
         if not 0 < self.damping < 1:
             raise ValueError(f"damping must be in (0, 1), got {self.damping!r}")
 
