@@ -1,28 +1,23 @@
 """NCProbe: measures the collapse of a model while it is evaluated."""
 
 import contextlib
-import dataclasses
-import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from nc_probe.hooks.captures import ClassifierInputCapture, OutputCapture, iterate_captures, layer_captures
 from nc_probe.hooks.heads import count_classes, find_head, is_compiled, unwrap
-from nc_probe.hooks.streams import ClassifierStream, TapStream, classifier_streams
-from nc_probe.hooks.taps import HeadTap, OutputTap, layer_taps, solve_taps
-from nc_probe.measures.agreement import Agreement
-from nc_probe.measures.assembly import CENTERS, Measurement, atoms, check_groups
+from nc_probe.hooks.streams import CaptureStream
+from nc_probe.measures.assembly import CENTERS, check_groups, finest_partition
 from nc_probe.measures.conventions import check_conventions
-from nc_probe.moments import ranks
-from nc_probe.moments.cache import FeatureCache, Kept
-from nc_probe.moments.checks import check_samples
+from nc_probe.moments.cache import FeatureCache
 from nc_probe.moments.class_moments import ClassMoments
-from nc_probe.moments.second_look import SecondLook
-from nc_probe.report import CollapseReport, measure
+from nc_probe.moments.validation import check_samples
+from nc_probe.pass_sums import PassSums
+from nc_probe.report import CollapseReport
 
 __all__ = ["NCProbe"]
 
@@ -31,13 +26,26 @@ LINEAR_ERROR = {torch.float64: 1e-2, torch.float32: 1e-2, torch.bfloat16: 0.1, t
 
 
 class NCProbe:
-    """Hooks the classifier of a model, accumulates what enters it, and reports.
+    """Hook the classifier of a model, accumulate what enters it, and report.
 
         with NCProbe(model) as probe:
             for images, labels in loader:
                 model(images)
                 probe.update(labels)
         report = probe.compute()
+
+    Whatever gives logits that are linear in its last features can be measured:
+
+    >>> import torch
+    >>> from nc_probe import NCProbe
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)).eval()
+    >>> with NCProbe(model, groups={"rare": [2]}) as probe:
+    ...     for images, labels in zip(torch.randn(2, 6, 1, 2, 2), torch.tensor([[0, 1, 0, 1, 0, 2]] * 2)):
+    ...         logits = model(images)
+    ...         probe = probe.update(labels)
+    >>> report = probe.compute()
+    >>> report.samples, report.groups["rare"].samples, report.nc1 > 0, 0 <= report.nc4 <= 1
+    (12, 2, True, True)
 
     Entering starts a pass; leaving removes the hooks and keeps the sums. The model is not changed: no buffer, no
     attribute. The features are those that the classifier received, in their own precision (bfloat16 under autocast);
@@ -101,66 +109,71 @@ class NCProbe:
         if center not in CENTERS:
             raise ValueError(f"center must be one of {CENTERS}, got {center!r}")
         self.model, self.center = model, center
-        self.conventions, self.spectrum = check_conventions(conventions), spectrum
+        self.conventions = check_conventions(conventions)
         self.head = find_head(model, name=head)
         self.num_classes = K = count_classes(self.head, num_classes)
         self.groups = {name: classes.tolist() for name, classes in check_groups(groups, K).items()}
-        self._cache = FeatureCache(cache_bytes, spill_bytes if cache_bytes else 0, cache_dtype)
-        self._deferred = not self._cache.over and cache_dtype is None  # the scatter waits for a second look
-
         device = next((p.device for p in unwrap(model).parameters()), torch.device("cpu"))
         pooled = class_counts is not None or center == "empirical"
         self._pooling: dict[str, Any] = {
             "class_counts": class_counts if center == "balanced" else None,
-            "partition": atoms(self.groups, K) if pooled else None,
+            "partition": finest_partition(self.groups, K) if pooled else None,
             "device": "cpu" if device.type == "mps" else device,  # which has no float64
         }
-        self._output = OutputTap(model)
-        self._input = None if self.head is None else HeadTap(self.head)
-        self._classifiers = classifier_streams(self.head, partial(self._moments, scatter=not self._deferred))
-        self._layers = [TapStream(tap, self._moments) for tap in (layer_taps(model, layers) if layers else ())]
-        self._solves = [TapStream(tap, self._moments) for tap in (solve_taps(model) if iterates else ())]
-        self._attached: contextlib.ExitStack | None = None
+        captured = {
+            "layers": [CaptureStream(c, self._moments) for c in (layer_captures(model, layers) if layers else ())],
+            "iterates": [CaptureStream(c, self._moments) for c in (iterate_captures(model) if iterates else ())],
+        }
+        self._sums = PassSums(
+            self.head,
+            K,
+            self._moments,
+            captured=captured,
+            cache=FeatureCache(cache_bytes, spill_bytes if cache_bytes else 0, cache_dtype),
+            settings={"center": center, "groups": self.groups, "conventions": self.conventions},
+            spectrum=spectrum,
+        )
+        self._input = None if self.head is None else ClassifierInputCapture(self.head)
+        inner = [self._input, *(stream.capture for stream in self._sums.captures)]
+        self._output = OutputCapture(model, [capture for capture in inner if capture is not None])
+        self._registered: contextlib.ExitStack | None = None
         self.reset()
 
     def reset(self) -> Self:
-        """Starts a new pass: forgets every sample, and any forward pass not yet used."""
-        for stream in (*self._classifiers, *self._layers, *self._solves):
-            stream.reset()
-        self._cache.clear()
-        self._looks: list[SecondLook] = []
+        """Start a new pass: drop every sample, and any forward pass not yet used."""
+        self._sums.reset()
         self.linear_error: float | None = None
-        self._forget()
+        self._output.clear()
         return self
 
     def __enter__(self) -> Self:
-        self._attach()
+        self._register()
         return self.reset()
 
     def __exit__(self, *exc: object) -> None:
-        assert self._attached is not None
-        self._attached.close()
-        self._attached = None
-        self._forget()
+        assert self._registered is not None
+        self._registered.close()
+        self._registered = None
+        self._output.clear()
+        if exc[:1] == (None,):
+            self._sums.end()
 
     @contextlib.contextmanager
     def second_pass(self) -> Iterator[Self]:
-        """Shows the samples of the pass again, for NC4 where features were not kept. Every rank must enter it.
+        """Show the samples of the pass again, for NC4 where features were not kept. Every rank must enter it.
 
         Raises:
             ValueError: nothing was added in a first pass; or, by `compute`, the samples were others.
         """
-        looks = [SecondLook(self._gathered(stream, sync=True)) for stream in self._classifiers]
-        self._attach()
-        self._forget()
-        self._looks = looks
+        self._register()
         try:
+            self._sums.begin_second_pass()
             yield self
         finally:
             self.__exit__()
 
     def update(self, labels: Tensor, mask: Tensor | None = None) -> Self:
-        """Adds the samples of the last forward pass.
+        """Add the samples of the last forward pass; a batch that is refused adds nothing.
 
         Args:
             labels: (B,) integers in 0..K-1. On the CPU they are checked at once, on an accelerator by `compute`.
@@ -170,57 +183,42 @@ class NCProbe:
             ValueError: not exactly one forward pass since the last update, a model in training mode, or labels, mask or
                 features that are not as they should be.
         """
-        if self._attached is None:
+        if self._registered is None:
             raise ValueError("update must be called inside `with NCProbe(model) as probe:`")
         try:
             self._update(labels, mask)
         finally:
-            self._forget()
+            self._output.clear()
         return self
 
     def compute(self, *, sync: bool = True) -> CollapseReport:
-        """The report over all ranks.
+        """Make the report over all ranks, every one of which must call it: on rank 0 alone it would wait for ever.
+
+        `compute(sync=False)` reports the samples of this rank, and may be called on any. The work is done once a pass:
+        called again, it gives the same report.
 
         Args:
-            sync: exchange with the other ranks, all of which must call it. False reports on this rank alone.
+            sync: exchange sums with the other ranks.
 
         Raises:
             ValueError: nothing was added, or something bad on an accelerator, or `class_counts` is not what was seen.
         """
-        over = any(ranks.largest([int(self._cache.over)])) if sync else False
-        if over and not self._cache.over:
-            self._sum_scatter_instead()  # as another rank had to
-        main, *heads = [self._report(i, stream, sync=sync) for i, stream in enumerate(self._classifiers)]
-        names = [linear.name for linear in self.head.maps] if self.head and heads else []
-        parts: dict[str, Any] = {"heads": dict(zip(names, heads, strict=True))}
-        for kind, streams in (("layers", self._layers), ("iterates", self._solves)):
-            places = {name: m for stream in streams for name, m in stream.gathered(sync=sync).items()}
-            parts[kind] = {k: measure(m, None, center=self.center, groups=self.groups) for k, m in places.items()}
-        return dataclasses.replace(main, **parts)
+        return self._sums.compute(sync=sync)
 
     def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features (B, d) and labels (B,) of this rank, batch by batch; none if they were too many to keep."""
-        for batch in self._cache:
-            yield batch.features, batch.labels
+        """Iterate over features (B, d) and labels (B,) of this rank by batch; none if they were too many to keep."""
+        return self._sums.kept()
 
-    def _taps(self) -> list[Any]:
-        taps = [self._output, self._input, *(stream.tap for stream in (*self._layers, *self._solves))]
-        return [tap for tap in taps if tap is not None]
-
-    def _attach(self) -> None:
-        if self._attached is not None:
+    def _register(self) -> None:
+        if self._registered is not None:
             raise ValueError("the probe is already attached: enter it once")
+        self._output.clear()
         with contextlib.ExitStack() as stack:
             if is_compiled(self.model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            for tap in self._taps():
-                for handle in tap.attach():
-                    stack.callback(handle.remove)
-            self._attached = stack.pop_all()
-
-    def _forget(self) -> None:
-        for tap in self._taps():
-            tap.forget()
+            for handle in self._output.register():
+                stack.callback(handle.remove)
+            self._registered = stack.pop_all()
 
     def _moments(self, num_features: int, *, scatter: bool = True) -> ClassMoments:
         return ClassMoments(self.num_classes, num_features, scatter=scatter, **self._pooling)
@@ -229,41 +227,23 @@ class NCProbe:
         training = next((name for name, m in unwrap(self.model).named_modules() if m.training), None)
         if training is not None:
             raise ValueError(f"model must be in evaluation mode, but its module {training!r} trains: call model.eval()")
-        given = self._output.take()
-        features = given if self._input is None else self._input.take()
+        output = self._output.pop()
+        features = output if self._input is None else self._input.pop()
         if features is None or features.ndim != 2:
             raise ValueError(
-                f"a model without classifier must give a tensor (B, d), got {getattr(given, 'shape', None)}"
+                f"a model without classifier must give a tensor (B, d), got {getattr(output, 'shape', None)}"
             )
         check_samples(len(features), labels, mask)
         if mask is not None:
             features, labels = features[mask.to(features.device)], labels[mask.to(labels.device)]
-        if not self._looks:
-            read = [(stream, stream.read(mask)) for stream in (*self._layers, *self._solves)]
-            for stream in self._classifiers:
-                stream.add(features, labels)
-            for stream, places in read:
-                stream.add(places, labels)
-            if self._input is not None and self.linear_error is None:
-                self._check_linear(features, given if mask is None or given is None else given[mask.to(given.device)])
-        labels = labels.long().clamp(0, self.num_classes - 1)  # an accelerator's are checked later
-        first = not self._looks
-        chosen = torch.cat([stream.choose(features, labels, count=first) for stream in self._classifiers], 1)
-        batch = Kept(features, labels, chosen)
-        for i, look in enumerate(self._looks):
-            look.add(batch, self._classifiers[i].columns, i)
-        if first and not self._cache.over:
-            self._cache.append(batch)
-            if self._cache.over:
-                self._sum_scatter_instead(batch)
+        self._sums.add(features, labels, mask)
+        if self._input is not None and self.linear_error is None:
+            self._check_linear(features, output if mask is None or output is None else output[mask.to(output.device)])
 
-    def _check_linear(self, features: Tensor, given: Tensor | None) -> None:
-        """Compares weight @ feature + bias with what the model gave, once a pass."""
-        logits = self._classifiers[0].logits(features)
-        if given is None or given.shape != logits.shape or not len(given):
-            return
-        self.linear_error = float((logits - given.to(logits)).abs().max() / logits.abs().max().clamp(min=1e-30))
-        if self.linear_error > LINEAR_ERROR[given.dtype]:
+    def _check_linear(self, features: Tensor, output: Tensor | None) -> None:
+        """Warn, once a pass, where the model does not give weight @ feature + bias."""
+        self.linear_error = self._sums.classifiers[0].linear_error(features, output)
+        if output is not None and self.linear_error is not None and self.linear_error > LINEAR_ERROR[output.dtype]:
             assert self.head is not None
             warnings.warn(
                 f"weight @ feature + bias of {self.head.name!r} is not what the model gives, from which it differs by "
@@ -271,53 +251,3 @@ class NCProbe:
                 "another layer is the classifier, name it with head='...'",
                 stacklevel=4,
             )
-
-    def _sum_scatter_instead(self, *last: Kept) -> None:
-        """Gives up the features kept, and `last`, and goes on with the within-class scatter."""
-        try:
-            if self._deferred:
-                for batch in itertools.chain(self._cache, last):
-                    for stream in self._classifiers:
-                        assert stream.moments is not None
-                        stream.moments.add_scatter(batch.features[:, stream.columns], batch.labels)
-        except ValueError as error:
-            warnings.warn(f"features exceed cache_bytes and spill_bytes, so NC1 will be absent: {error}", stacklevel=5)
-        finally:
-            self._cache.give_up()
-
-    def _gathered(self, stream: ClassifierStream, *, sync: bool) -> ClassMoments:
-        if sync:
-            (num_features,) = ranks.largest([0 if stream.moments is None else stream.moments.num_features])
-            if stream.moments is None and num_features:
-                stream.moments = stream.make(num_features)  # of a rank without samples
-        if stream.moments is None:
-            raise ValueError("compute needs at least one sample: call update first")
-        moments = stream.moments.sync() if sync else stream.moments
-        moments.check()
-        if not moments.count.any():
-            raise ValueError("compute needs at least one sample: call update first")
-        return moments
-
-    def _report(self, index: int, stream: ClassifierStream, *, sync: bool) -> CollapseReport:
-        moments = self._gathered(stream, sync=sync)
-        moments.check_counts()
-        settings: dict[str, Any] = {"center": self.center, "groups": self.groups, "conventions": self.conventions}
-        measurement = Measurement(moments, *stream.snapshot(), **settings, features_dtype=stream.dtype)
-        looked, source = None, "absent: features exceed cache_bytes and spill_bytes, and there was no second pass"
-        exact = self._deferred and not self._cache.over
-        if self._looks and not exact:
-            looked, source = self._looks[index].finish(sync=sync), "from a second pass over the samples"
-        elif not self._cache.over:
-            bases = measurement.bases if exact else []
-            weights = measurement.class_weights if exact and self.spectrum else None
-            look = SecondLook(moments, bases, weights)
-            for batch in self._cache:
-                look.add(batch, stream.columns, index)
-            looked, source = look.finish(sync=sync), f"from {self._cache.where}"
-        correct = None
-        if stream.linear is not None:
-            correct = torch.zeros_like(moments.count) if stream.correct is None else stream.correct
-            correct = ranks.total(correct) if sync else correct
-        agree = None if looked is None or stream.linear is None else looked.agree
-        agreement = Agreement(correct, None if looked is None else looked.nearest, agree, source)
-        return CollapseReport.of(measurement.values(agreement, looked if exact else None))

@@ -207,6 +207,15 @@ def measure(
 ) -> CollapseReport:
     """Measure collapse from moments and a linear classifier.
 
+    >>> import torch
+    >>> from nc_probe import ClassMoments, measure
+    >>> simplex = torch.eye(3) - 1 / 3
+    >>> report = measure(ClassMoments(3, 3).update(4 + 2 * simplex, torch.arange(3)), simplex, groups={"rare": [1, 2]})
+    >>> round(report.nc2, 6), round(report.nc3, 6), round(report.mean_cosine, 6)
+    (0.0, 0.0, -0.5)
+    >>> report.groups["rare"].samples, report.accuracy
+    (2, nan)
+
     Classes without samples are left out. On several ranks give it `moments.sync()`.
 
     Args:

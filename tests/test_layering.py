@@ -67,7 +67,8 @@ NC_PROBE_FLOORS = {
     "measures": {"moments"},
     "report": {"moments", "measures"},
     "plots": {"measures", "report"},
-    "probe": {"moments", "hooks", "measures", "report"},
+    "pass_sums": {"moments", "hooks", "measures", "report"},
+    "probe": {"moments", "hooks", "measures", "report", "pass_sums"},
 }
 
 

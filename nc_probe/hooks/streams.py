@@ -1,23 +1,30 @@
-"""What a probe sums at each place that it reads: at each linear map of the classifier, and at each tap besides."""
+"""Streams: the sums that a probe keeps for each linear map of the classifier, and for each layer or solve besides."""
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from nc_probe.hooks.captures import IterateCapture, LayerCapture
 from nc_probe.hooks.heads import Head, LinearMap
-from nc_probe.hooks.taps import LayerTap, SolveTap
 from nc_probe.moments import ranks
 from nc_probe.moments.class_moments import ClassMoments
 from nc_probe.moments.decisions import Scores
-from nc_probe.moments.precision import exact_arithmetic
+from nc_probe.moments.precision import DTYPES, float64_context
+from nc_probe.moments.validation import check_batch, validate_features
 
-__all__ = ["ClassifierStream", "TapStream", "classifier_streams"]
+__all__ = ["CaptureStream", "ClassifierStream", "MakeMoments", "classifier_streams"]
 
-MakeMoments = Callable[[int], ClassMoments]
-"""Empty moments of features of a length."""
+
+class MakeMoments(Protocol):
+    """Make empty moments of features of a length."""
+
+    def __call__(self, num_features: int, *, scatter: bool = True) -> ClassMoments: ...
 
 
 class ClassifierStream:
@@ -26,35 +33,36 @@ class ClassifierStream:
     Args:
         linear: weight (K, d) and bias, or None for features without a classifier.
         columns: where in the features of the whole head those of this map are.
-        make: its moments; without a classifier to tell d there are none before the first batch.
+        make: its moments, with a scatter or not; without a classifier to tell d there are none before the first batch.
     """
 
-    def __init__(self, linear: Head | LinearMap | None, columns: slice, make: MakeMoments) -> None:
+    def __init__(self, linear: Head | LinearMap | None, columns: slice, make: Callable[[int], ClassMoments]) -> None:
         self.linear, self.columns, self.make = linear, columns, make
         self.reset()
 
     def reset(self) -> None:
+        """Start a new pass."""
         self.moments = None if self.linear is None else self.make(self.linear.weight.shape[1])
         self.correct: Tensor | None = None
-        self.dtype = torch.float32  # of the features
+        self._dtype = 0  # in DTYPES, the coarsest that features came in
         self._snapshot: tuple[Tensor, Tensor | None] | None = None
         self._scores: Scores | None = None
 
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """Counts a batch: features of the whole head (B, D), labels (B,)."""
+        """Add a batch: features of the whole head (B, D), labels (B,)."""
         x = features[:, self.columns]
-        self.dtype = x.dtype
         if self.moments is None:
             self.moments = self.make(x.shape[1])
         self.moments.update(x, labels)
+        self._dtype = max(self._dtype, DTYPES.index(x.dtype))
 
     def choose(self, features: Tensor, labels: Tensor, *, count: bool) -> Tensor:
-        """The class chosen for each sample, (B, 1), or (B, 0) without a classifier; `count` those that are right."""
+        """Return the class chosen for each sample, (B, 1), or (B, 0) without a classifier; `count` the right ones."""
         if self.linear is None:
             return labels.new_empty(len(labels), 0)
         weight, bias = self.snapshot()
         assert weight is not None
-        with exact_arithmetic(weight.device):
+        with float64_context(weight.device):
             if self._scores is None:
                 self._scores = Scores(weight, weight.new_zeros(len(weight)) if bias is None else bias)
             chosen = self._scores.highest(features[:, self.columns].detach().to(weight.device))
@@ -67,75 +75,161 @@ class ClassifierStream:
         return chosen[:, None]
 
     def logits(self, features: Tensor) -> Tensor:
-        """(B, K) float64."""
+        """Compute weight @ feature + bias, (B, K) float64."""
         weight, bias = self.snapshot()
         assert weight is not None
-        with exact_arithmetic(weight.device):
+        with float64_context(weight.device):
             x = features[:, self.columns].to(weight)
             return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
 
     def snapshot(self) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias as they were at the first batch, so that training on before `compute` does not mix in."""
+        """Return weight and bias as they were at the first batch: training on before `compute` does not mix in."""
         if self.linear is None:
             return None, None
         if self._snapshot is None:
             assert self.moments is not None
             weight, bias = self.linear.weight, self.linear.bias
-            with exact_arithmetic(self.moments.device):
+            with float64_context(self.moments.device):
                 self._snapshot = (
                     weight.detach().to(self.moments.mean, copy=True),
                     None if bias is None else bias.detach().to(self.moments.mean, copy=True),
                 )
         return self._snapshot
 
+    def linear_error(self, features: Tensor, output: Tensor | None) -> float | None:
+        """Compare weight @ feature + bias with what the model gave; None where that is no logits.
 
-class TapStream:
-    """Moments of what a tap reads, by the names of its places."""
+        Returns:
+            The largest difference relative to the largest logit.
+        """
+        logits = self.logits(features)
+        if output is None or output.shape != logits.shape or not len(output):
+            return None
+        return float((logits - output.to(logits)).abs().max() / logits.abs().max().clamp(min=1e-30))
 
-    def __init__(self, tap: LayerTap | SolveTap, make: MakeMoments) -> None:
-        self.tap, self.make = tap, make
+    def add_scatter(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Add the scatter of batches that were added without: features of the whole head (B, D), labels (B,)."""
+        assert self.moments is not None
+        self._add_scatter(self.moments, batches)
+
+    def gathered(self, late: Iterable[tuple[Tensor, Tensor]] | None = None, *, sync: bool) -> ClassMoments:
+        """Return the moments over all ranks, every one of which must call it, or of this rank.
+
+        Args:
+            late: batches of `add_scatter`, whose scatter is added to what is returned. Default: there is no scatter.
+            sync: over all ranks.
+
+        Raises:
+            ValueError: there is no sample, or something bad was found on an accelerator.
+        """
+        moments = self.moments
+        if sync:
+            (num_features,) = ranks.all_reduce_max([0 if moments is None else moments.num_features])
+            if moments is None and num_features:
+                moments = self.make(num_features)  # of a rank without samples
+        if moments is None:
+            raise ValueError("compute needs at least one sample: call update first")
+        if late is not None:
+            moments = copy.deepcopy(moments)
+            self._add_scatter(moments, late)
+        moments = moments.sync() if sync else moments
+        moments.check()
+        if not moments.count.any():
+            raise ValueError("compute needs at least one sample: call update first")
+        return moments
+
+    def features_dtype(self, *, sync: bool) -> torch.dtype:
+        """Return the coarsest dtype that features came in, over all ranks or of this one."""
+        (dtype,) = ranks.all_reduce_max([self._dtype]) if sync else [self._dtype]
+        return DTYPES[dtype]
+
+    def correct_counts(self, *, sync: bool) -> Tensor | None:
+        """Return the samples (K,) of each class that the classifier gets right, over all ranks or of this one."""
+        if self.linear is None:
+            return None
+        assert self.moments is not None  # a classifier tells how many features it takes
+        correct = torch.zeros_like(self.moments.count) if self.correct is None else self.correct
+        return ranks.all_reduce_sum(correct) if sync else correct
+
+    def _add_scatter(self, moments: ClassMoments, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        try:
+            moments.add_scatter(moments.mean[:0], moments.count[:0])  # on every rank, also on one without samples
+        except ValueError as error:
+            text = f"features exceed cache_bytes and spill_bytes, so NC1 will be absent: {error}"
+            warnings.warn(text, stacklevel=6)
+            return
+        for features, labels in batches:
+            moments.add_scatter(features[:, self.columns], labels)
+
+
+class CaptureStream:
+    """Moments of what a capture holds, by the names of its places."""
+
+    def __init__(self, capture: LayerCapture | IterateCapture, make: MakeMoments) -> None:
+        self.capture, self.make = capture, make
         self.reset()
 
     def reset(self) -> None:
-        self.tap.forget()
+        """Start a new pass."""
         self.moments: dict[str, ClassMoments] = {}
 
-    def read(self, mask: Tensor | None) -> dict[str, Tensor]:
-        """What the tap saw of the last forward pass, of the samples that `mask` (B,) keeps."""
-        read = self.tap.take()
-        return read if mask is None else {name: x[mask.to(x.device)] for name, x in read.items()}
+    def pop(self, labels: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """Return features (B', d) by place of the last forward pass, of the samples that `mask` (B,) keeps.
 
-    def add(self, read: dict[str, Tensor], labels: Tensor) -> None:
-        """Counts a batch: features (B, d) by place, labels (B,)."""
-        *_, final = read
-        self._begin({name: x.shape[1] for name, x in read.items()}, final)
+        Args:
+            labels: (B',) of these samples.
+            mask: bool; None keeps all.
+
+        Raises:
+            ValueError: they cannot be added.
+        """
+        captured = self.capture.pop()
+        if mask is not None:
+            captured = {name: x[mask.to(x.device)] for name, x in captured.items()}
+        for name, x in captured.items():
+            with self._naming(name):
+                known = self.moments.get(name)
+                check_batch(x, labels, x.shape[1] if known is None else known.num_features)
+                validate_features(x, batch=0 if known is None else known.batches)
+        return captured
+
+    def add(self, captured: dict[str, Tensor], labels: Tensor) -> None:
+        """Add a batch: features (B, d) by place, labels (B,)."""
+        *_, final = captured
+        self._begin(self.moments, {name: x.shape[1] for name, x in captured.items()}, final)
         for name, moments in self.moments.items():
-            try:
-                moments.update(read.get(name, read[final]), labels)  # a solve that has ended stands still
-            except ValueError as error:
-                raise ValueError(f"layer {name!r}: {error}") from None
+            with self._naming(name):
+                moments.update(captured.get(name, captured[final]), labels)  # a solve that has ended stands still
 
     def gathered(self, *, sync: bool) -> dict[str, ClassMoments]:
-        """The moments over all ranks, every one of which must call it, or of this rank."""
+        """Return the moments over all ranks, every one of which must call it, or of this rank."""
+        moments = dict(self.moments)
         if not sync:
-            names = self.tap.names(len(self.moments))
-            return {name: self.moments[name] for name in names}
-        names = self.tap.names(*ranks.largest([len(self.moments)]))
-        here = [self.moments[name].num_features if name in self.moments else 0 for name in names]
+            return {name: moments[name] for name in self.capture.names(len(moments))}
+        names = self.capture.names(*ranks.all_reduce_max([len(moments)]))
+        here = [moments[name].num_features if name in moments else 0 for name in names]
         if names:
-            self._begin(dict(zip(names, ranks.largest(here), strict=True)), names[-1])
-        return {name: self.moments[name].sync() for name in names}
+            self._begin(moments, dict(zip(names, ranks.all_reduce_max(here), strict=True)), names[-1])
+        return {name: moments[name].sync() for name in names}
 
-    def _begin(self, sizes: dict[str, int], final: str) -> None:
-        """Moments for places that there were none for: of a solve longer than those before, which stood still."""
-        before = self.moments.get(final)
+    @staticmethod
+    @contextlib.contextmanager
+    def _naming(name: str) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from None
+
+    def _begin(self, moments: dict[str, ClassMoments], sizes: dict[str, int], final: str) -> None:
+        """Add moments for places that there were none for: of a solve longer than those before, which stood still."""
+        before = moments.get(final)
         for name, num_features in sizes.items():
-            if name not in self.moments:
-                self.moments[name] = self.make(num_features) if before is None else copy.deepcopy(before)
+            if name not in moments:
+                moments[name] = self.make(num_features) if before is None else copy.deepcopy(before)
 
 
-def classifier_streams(head: Head | None, make: MakeMoments) -> list[ClassifierStream]:
-    """One for the whole head and, if it is the mean of several maps, one for each of them."""
+def classifier_streams(head: Head | None, make: Callable[[int], ClassMoments]) -> list[ClassifierStream]:
+    """Make a stream for the whole head and, if it is the mean of several maps, one for each of them."""
     whole = ClassifierStream(head, slice(None), make)
     if head is None or len(head.maps) == 1:
         return [whole]

@@ -11,10 +11,10 @@ from nc_probe.measures.agreement import Agreement, shares
 from nc_probe.measures.conventions import CONVENTIONS, INVERSES, check_conventions
 from nc_probe.measures.geometry import orthogonal_frame, seli, simplex_etf
 from nc_probe.moments.class_moments import ClassMoments
-from nc_probe.moments.precision import exact_arithmetic
-from nc_probe.moments.second_look import Looked
+from nc_probe.moments.precision import float64_context
+from nc_probe.moments.second_pass import SecondPassStats
 
-__all__ = ["CENTERS", "Measurement", "atoms", "check_groups"]
+__all__ = ["CENTERS", "Measurement", "finest_partition", "check_groups"]
 
 CENTERS = ("balanced", "empirical")
 
@@ -34,7 +34,7 @@ def check_groups(groups: Mapping[str, Iterable[int]] | None, num_classes: int) -
     return checked
 
 
-def atoms(groups: Mapping[str, Sequence[int]], num_classes: int) -> Tensor:
+def finest_partition(groups: Mapping[str, Sequence[int]], num_classes: int) -> Tensor:
     """(K,) the finest partition that builds every group: classes in the same groups share a number."""
     membership = torch.zeros(num_classes, len(groups) + 1, dtype=torch.int64)
     for column, classes in enumerate(groups.values()):
@@ -76,7 +76,7 @@ class Measurement:
             raise ValueError("moments must hold at least one sample, got none: call update first")
         self.moments, self.center, self.features_dtype = moments, center, features_dtype
         self.members, self.papers = check_groups(groups, K), tuple(conventions)
-        with exact_arithmetic(moments.device):
+        with float64_context(moments.device):
             self.weight = None if weight is None else weight.detach().to(moments.mean)
             self.bias = None if bias is None else bias.detach().to(moments.mean)
             self.present = (moments.count > 0).cpu()
@@ -99,26 +99,26 @@ class Measurement:
 
     @property
     def bases(self) -> list[tuple[Tensor, Tensor]]:
-        """(B (d, r), classes) whose spreads tr(B^T S_k B) are asked for."""
+        """(B (d, r), classes) whose projected tr(B^T S_k B) are asked for."""
         classes = {None: torch.arange(self.moments.num_classes), **self.members}
         own = [(inverse.basis, classes[name]) for name, inverse in self._inverses.items()]
         return own + [(inverse.basis, classes[None]) for inverse in self._published.values()]
 
-    def values(self, agreement: Agreement | None = None, looked: Looked | None = None) -> dict[str, Any]:
+    def values(self, agreement: Agreement | None = None, looked: SecondPassStats | None = None) -> dict[str, Any]:
         """Compute the fields of a report by name; those of the groups' reports, by group, under "groups".
 
         Args:
             agreement: samples counted with the features at hand.
             looked: at every sample again, for `bases` and `class_weights`.
         """
-        with exact_arithmetic(self.moments.device):
+        with float64_context(self.moments.device):
             names = [*self._inverses, *self._published]
-            spreads = dict(zip(names, looked.spreads, strict=True)) if looked else {}
-            whole = self._part(None, torch.arange(self.moments.num_classes), agreement, spreads)
-            parts = {name: self._part(name, classes, agreement, spreads) for name, classes in self.members.items()}
+            projected = dict(zip(names, looked.projected, strict=True)) if looked else {}
+            whole = self._part(None, torch.arange(self.moments.num_classes), agreement, projected)
+            parts = {name: self._part(name, classes, agreement, projected) for name, classes in self.members.items()}
             published = {
                 paper: CONVENTIONS[paper](
-                    self.moments, self.weight, self.bias, agreement, self.members, spreads.get(paper)
+                    self.moments, self.weight, self.bias, agreement, self.members, projected.get(paper)
                 )
                 for paper in self.papers
             }
@@ -132,13 +132,13 @@ class Measurement:
         most = min(len(shown), self.num_present - 1)
         return formulas.between_inverse(self.centered[shown], pi, max_rank=most, magnitude=self.magnitude)
 
-    def _spectrum(self, looked: Looked | None) -> dict[str, Any]:
+    def _spectrum(self, looked: SecondPassStats | None) -> dict[str, Any]:
         """Ranks of the features of all classes."""
         within = None if looked is None else looked.within
         if within is None:
             if not self.moments.num_scatters:
                 return {}
-            within = self.moments.within(self.class_weights)
+            within = self.moments.within_class_scatter(self.class_weights)
         between = self.pi.sqrt()[:, None] * self.centered
         found = formulas.spectrum(within.addmm(between.T, between), self.origin, dtype=self.features_dtype)
         return {
@@ -148,7 +148,7 @@ class Measurement:
         }
 
     def _part(
-        self, name: str | None, classes: Tensor, agreement: Agreement | None, spreads: Mapping[Any, Tensor]
+        self, name: str | None, classes: Tensor, agreement: Agreement | None, projected: Mapping[Any, Tensor]
     ) -> dict[str, Any]:
         """Of all classes (no name), or of a group."""
         shown = classes[self.present[classes]]
@@ -161,7 +161,7 @@ class Measurement:
             "class_count": tuple(n.tolist()),
         }
         if len(shown):
-            values |= self._means(shown) | self._within(name, shown, spreads.get(name))
+            values |= self._means(shown) | self._within(name, shown, projected.get(name))
         if self.weight is not None and len(classes):
             values |= self._classifier(classes, shown)
         if agreement is not None:
@@ -199,7 +199,7 @@ class Measurement:
         values: dict[str, Any] = {"nc1_rank": inverse.rank, "nc1_condition": inverse.condition}
         weights = self.pi[shown] / self.pi[shown].sum() / n
         own = spread is None
-        spread = self.moments.spread(inverse.basis, shown) if spread is None else spread[shown]
+        spread = self.moments.projected_scatter_trace(inverse.basis, shown) if spread is None else spread[shown]
         if inverse.rank == 0:
             return values
         if spread is not None:
@@ -208,9 +208,9 @@ class Measurement:
             values["nc1_source"] = "a scatter for each class" if own else "a second look at the features"
             return values
         per_sample = torch.zeros_like(self.pi).index_copy_(0, shown.to(self.pi.device), weights)
-        # Moments pooled over other classes too cannot give a part; for the whole it is an error that `within` explains.
-        if self.moments.resolves(per_sample) or (name is None and self.moments.num_scatters):
-            values["nc1"] = formulas.nc1(inverse, self.moments.within(per_sample), m)
+        # Moments pooled over other classes too cannot give a part; for the whole it is an error, which is explained.
+        if self.moments.supports_weights(per_sample) or (name is None and self.moments.num_scatters):
+            values["nc1"] = formulas.nc1(inverse, self.moments.within_class_scatter(per_sample), m)
             values["nc1_source"] = "a pooled scatter"
         return values
 

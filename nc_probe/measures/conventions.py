@@ -19,7 +19,7 @@ from nc_probe.measures import formulas, pairwise
 from nc_probe.measures.agreement import Agreement
 from nc_probe.measures.geometry import simplex_etf
 from nc_probe.moments.class_moments import ClassMoments
-from nc_probe.moments.precision import exact_arithmetic
+from nc_probe.moments.precision import float64_context
 
 __all__ = ["CONVENTIONS", "INVERSES", "check_conventions", "fang2021", "papyan2020", "zhu2021"]
 
@@ -45,7 +45,7 @@ def papyan2020(
         nc3: || W/||W||_F - M/||M||_F ||_F^2, squared. [0, 4].
         nc4: share of samples on which the classifier and the nearest class mean disagree. [0, 1], 0 at collapse.
     """
-    with exact_arithmetic(moments.device):
+    with float64_context(moments.device):
         W = _rows(moments, weight)
         seen = moments.count > 0
         n, mu = moments.count[seen], moments.mean[seen]
@@ -82,7 +82,7 @@ def zhu2021(
         nc3_bias: || W mu_G + b ||, b = 0 if there is none. [0, inf). At collapse the bias takes the centre back; the
             code released has W mu_G - b.
     """
-    with exact_arithmetic(moments.device):
+    with float64_context(moments.device):
         W = _rows(moments, weight)
         seen = moments.count > 0
         K, n, mu = int(seen.sum()), moments.count[seen].double(), moments.mean[seen]
@@ -115,7 +115,7 @@ def fang2021(
         norm_ratio: mean norm of the classifier rows of group "majority" over that of group "minority". [0, inf); only
             where both are named.
     """
-    with exact_arithmetic(moments.device):
+    with float64_context(moments.device):
         W, groups = _rows(moments, weight), groups or {}
         values = {f"cosine_{name}": NAN if W is None else pairwise.mean_cosine(W[of]) for name, of in groups.items()}
         if {"majority", "minority"} <= groups.keys():
@@ -182,7 +182,11 @@ def _nc1(moments: ClassMoments, inverse: formulas.BetweenInverse, spread: Tensor
     if spread is not None:
         return float(spread.sum() / n.sum())
     per_sample = torch.full_like(n, 1 / float(n.sum()))
-    return formulas.nc1(inverse, moments.within(per_sample), 1) if moments.resolves(per_sample) else NAN
+    return (
+        formulas.nc1(inverse, moments.within_class_scatter(per_sample), 1)
+        if moments.supports_weights(per_sample)
+        else NAN
+    )
 
 
 def _unbiased_equinorm(rows: Tensor) -> float:

@@ -13,10 +13,13 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FeatureCache", "Kept"]
+from nc_probe.moments import ranks
+from nc_probe.moments.precision import DTYPES
+
+__all__ = ["FeatureCache", "CachedBatch"]
 
 
-class Kept(NamedTuple):
+class CachedBatch(NamedTuple):
     """A batch: features (B, d), labels (B,), and what each classifier chose (B, H)."""
 
     features: Tensor
@@ -49,24 +52,24 @@ class FeatureCache:
     def clear(self) -> None:
         """Forgets every batch; a new pass may begin."""
         self._empty()
-        self.over = self.memory_bytes + self.disk_bytes == 0
+        self.budget_exceeded = self.memory_bytes + self.disk_bytes == 0
 
-    def append(self, batch: Kept) -> None:
-        """Keeps a copy of a batch, or finds that it is too much: those before it are there until `give_up`."""
-        if self.over:
+    def append(self, batch: CachedBatch) -> None:
+        """Keeps a copy of a batch, or finds that it is too much: those before it are there until `discard`."""
+        if self.budget_exceeded:
             return
         features = batch.features.detach()
         kept = features.to("cpu", self.dtype or features.dtype, copy=True)
         labels, chosen = batch.labels.cpu(), batch.chosen.cpu()
         if self._memory + kept.nbytes <= self.memory_bytes:
             self._memory += kept.nbytes
-            self._batches.append(Kept(kept, labels, chosen))
+            self._batches.append(CachedBatch(kept, labels, chosen))
         elif self._written + kept.nbytes <= self.disk_bytes and self._write(kept):
-            self._batches.append(Kept(kept[:0], labels, chosen))
+            self._batches.append(CachedBatch(kept[:0], labels, chosen))
         else:
-            self.over = True
+            self.budget_exceeded = True
 
-    def __iter__(self) -> Iterator[Kept]:
+    def __iter__(self) -> Iterator[CachedBatch]:
         if self._file is not None:
             self._file.seek(0)
         for features, labels, chosen in self._batches:
@@ -74,22 +77,24 @@ class FeatureCache:
                 assert self._file is not None
                 raw = bytearray(self._file.read(len(labels) * features.shape[1] * features.element_size()))
                 features = torch.frombuffer(raw, dtype=features.dtype).view(len(labels), -1)
-            yield Kept(features, labels, chosen)
+            yield CachedBatch(features, labels, chosen)
 
-    def give_up(self) -> None:
+    def discard(self) -> None:
         """Forgets every batch, and keeps none of those to come."""
         self._empty()
-        self.over = True
+        self.budget_exceeded = True
 
-    @property
-    def where(self) -> str:
-        """Where the features are, in words, for the report."""
-        dtypes = {str(batch.features.dtype).removeprefix("torch.") for batch in self._batches}
-        place = "the host's memory" + (" and disk" if self._file is not None else "")
-        return f"a second look at the features, kept in {place} as {' and '.join(sorted(dtypes))}"
+    def where(self, *, sync: bool) -> str:
+        """Say where features are, for the report: those of all ranks, every one of which must call it, or of this."""
+        known = {batch.features.dtype for batch in self._batches}
+        used = [int(self._file is not None), *(int(dtype in known) for dtype in DTYPES)]
+        disk, *used = ranks.all_reduce_max(used) if sync else used
+        names = sorted(str(dtype).removeprefix("torch.") for dtype, here in zip(DTYPES, used, strict=True) if here)
+        place = "the host's memory" + (" and disk" if disk else "")
+        return f"a second look at the features, kept in {place} as {' and '.join(names)}"
 
     def _empty(self) -> None:
-        self._batches: list[Kept] = []
+        self._batches: list[CachedBatch] = []
         self._memory = self._written = 0
         if self._file is not None:
             self._file.close()

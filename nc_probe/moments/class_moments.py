@@ -10,42 +10,44 @@ and a set b of n_b samples with mean mu_b joins a set a of n_a by the pairwise u
 
 (Chan, Golub & LeVeque, The American Statistician 37(3), 1983). A batch is such a set; so is the state of another rank.
 
-Which scatters are kept. A balanced within-class covariance is (1/K) sum_k S_k/n_k; an empirical one is (1/N) sum_k S_k.
-The n_k are known only at the end, and S_k once added to S_j cannot be told apart from it, so no pooled d x d matrix
-gives both: either the final proportions are known beforehand, or each class keeps its own matrix. Hence the state is
-`scatter (G, d, d)`, where `partition` says which of the G matrices a class adds to and `scale` by what weight:
-
-* nothing given: G = K, one matrix per class. Every weighting of every group is exact. For small problems.
-* `class_counts` given: G = 1, S_k enters with weight 1/class_counts[k], so the sum is the balanced scatter.
-* `partition` given: G matrices, e.g. one per group of classes, with or without `class_counts`.
-* `scatter=False`: none. Whoever keeps the features can sum their scatter once the means and counts are known.
-
-A weighting that the state cannot express is refused, never approximated.
+Which scatters are kept, and which weightings of them can be had, stands in `scatter.py`.
 """
 
 import copy
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nc_probe.moments import ranks
 from nc_probe.moments.blocks import deviations
-from nc_probe.moments.checks import check_batch, check_proportion, check_scatters, examine, short
-from nc_probe.moments.precision import exact_arithmetic
+from nc_probe.moments.precision import float64_context
+from nc_probe.moments.scatter import add_outer_products, common_factors, pooling
+from nc_probe.moments.state import State
+from nc_probe.moments.validation import check_batch, check_class_counts, check_scatters, validate_values
 
 __all__ = ["ClassMoments"]
 
 
-class ClassMoments:
+class ClassMoments(State):
     """Streaming count, mean and within-class scatter of K classes of d features.
+
+    >>> import torch
+    >>> from nc_probe import ClassMoments
+    >>> moments = ClassMoments(num_classes=2, num_features=2)
+    >>> moments = moments.update(torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]]), torch.tensor([0, 0, 1]))
+    >>> moments.count.tolist(), moments.mean.tolist(), moments.trace.tolist()
+    ([2, 1], [[2.0, 0.0], [0.0, 5.0]], [2.0, 0.0])
+    >>> moments.within_class_scatter(torch.tensor([0.5, 1.0])).tolist()
+    [[1.0, 0.0], [0.0, 0.0]]
 
     The state is float64 whatever the features are: float32 second moments lose a collapsed within-class scatter in the
     rounding of the means. A device without float64 needs its state on the CPU.
 
     Values on the CPU are checked at once. Values on an accelerator are checked there without waiting for it; what is
-    found is raised by `check`, which `merge`, `sync`, `within` and `measure` call.
+    found is raised by `check`, which `merge`, `sync`, `within_class_scatter` and `measure` call.
 
     Args:
         num_classes: K.
@@ -70,6 +72,14 @@ class ClassMoments:
         ValueError: a bad argument, or one scatter per class would exceed 256 MiB without having been asked for.
     """
 
+    # In `_bad`: the first batch with a bad label, and with a bad feature; -1 for none.
+    NAMES = ("count", "mean", "trace", "scatter", "_bad")
+    count: Tensor
+    mean: Tensor
+    trace: Tensor
+    scatter: Tensor
+    _bad: Tensor
+
     def __init__(
         self,
         num_classes: int,
@@ -80,48 +90,43 @@ class ClassMoments:
         scatter: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
+        super().__init__(device)
         for name, value in (("num_classes", num_classes), ("num_features", num_features)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.num_classes, self.num_features = num_classes, num_features
-        self.device = torch.device("cpu" if device is None else device)
-        if self.device.type == "mps":
-            raise ValueError("device 'mps' has no float64: keep the moments on 'cpu'")
-
-        self.class_counts = None
-        self.scale = torch.ones(num_classes, dtype=torch.float64, device=self.device)
-        if class_counts is not None:
-            self.class_counts = torch.as_tensor(class_counts, dtype=torch.float64, device="cpu")
-            if self.class_counts.shape != (num_classes,) or not (self.class_counts >= 0).all():
-                raise ValueError(f"class_counts must be {num_classes} numbers >= 0, got {short(self.class_counts)}")
-            self.scale = 1 / self.class_counts.clamp(min=1).to(self.device)
-
         self._by_default = partition is None and class_counts is None
         if scatter and self._by_default:
             check_scatters(num_classes, num_features)
-        if partition is None:
-            partition = torch.arange(num_classes) if class_counts is None else torch.zeros(num_classes)
-        self.partition = torch.as_tensor(partition, device="cpu").long()
-        if self.partition.shape != (num_classes,) or self.partition.min() < 0:
-            raise ValueError(f"partition must be {num_classes} integers >= 0, got {short(self.partition)}")
+        self.class_counts, self.partition, scale = pooling(num_classes, class_counts, partition)
+        self.scale = scale.to(self.device)
         self.num_scatters = int(self.partition.max()) + 1 if scatter else 0
         self.reset()
 
-    def reset(self) -> Self:
-        """Forgets every sample."""
+    def empty(self) -> dict[str, Tensor]:
+        """Make the tensors as they are without samples."""
         K, d, G = self.num_classes, self.num_features, self.num_scatters
-        self.batches = 0
-        with exact_arithmetic(self.device):
-            self.count = torch.zeros(K, dtype=torch.int64, device=self.device)
-            self.mean = torch.zeros(K, d, dtype=torch.float64, device=self.device)
-            self.trace = torch.zeros(K, dtype=torch.float64, device=self.device)
-            self.scatter = torch.zeros(G, d, d, dtype=torch.float64, device=self.device)
-            # First batch with a bad label, and with a bad feature; -1: none. Read by `check` only.
-            self._bad = torch.full((2,), -1, dtype=torch.int64, device=self.device)
+        integers: dict[str, Any] = {"dtype": torch.int64, "device": self.device}
+        real: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
+        return {
+            "count": torch.zeros(K, **integers),
+            "mean": torch.zeros(K, d, **real),
+            "trace": torch.zeros(K, **real),
+            "scatter": torch.zeros(G, d, d, **real),
+            "_bad": torch.full((2,), -1, **integers),
+        }
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the state to another device.
+
+        Raises:
+            ValueError: it has no float64.
+        """
+        self.scale = self.scale.to(super().to(device).device)
         return self
 
     def update(self, features: Tensor, labels: Tensor) -> Self:
-        """Adds a batch.
+        """Add a batch.
 
         Args:
             features: (B, d) floating point, any precision, any device.
@@ -130,17 +135,17 @@ class ClassMoments:
         Raises:
             ValueError: wrong shapes or types, labels out of range, features that are not finite (the batch is named).
         """
-        with exact_arithmetic(self.device):
+        with float64_context(self.device):
             check_batch(features, labels, self.num_features)
             x, labels = features.detach().to(self.device), labels.detach().long()
-            self._bad = examine(x, labels, self.num_classes, batch=self.batches, bad=self._bad)
+            self._bad = validate_values(x, labels, self.num_classes, batch=self.batches, bad=self._bad)
             self.batches += 1
             if len(labels):
                 self._add(x, labels.clamp(0, self.num_classes - 1))
         return self
 
     def add_scatter(self, features: Tensor, labels: Tensor) -> Self:
-        """Adds the scatter, about the class means, of samples that `update` has counted with `scatter=False`.
+        """Add the scatter, about the class means, of samples that `update` has counted with `scatter=False`.
 
         For features that are kept no longer: once all of them have been added, `update` goes on with scatter.
 
@@ -151,7 +156,7 @@ class ClassMoments:
         Raises:
             ValueError: one scatter per class would exceed 256 MiB without having been asked for.
         """
-        with exact_arithmetic(self.device):
+        with float64_context(self.device):
             if not self.num_scatters:
                 if self._by_default:
                     check_scatters(self.num_classes, self.num_features)
@@ -162,7 +167,7 @@ class ClassMoments:
         return self
 
     def merge(self, other: "ClassMoments") -> Self:
-        """Adds the samples of `other`, which saw other samples of the same classes and features.
+        """Add the samples of `other`, which saw other samples of the same classes and features.
 
         Raises:
             ValueError: `other` has another shape, partition or class_counts.
@@ -178,22 +183,29 @@ class ClassMoments:
         other.check()
         return self._absorb(other)
 
-    def sync(self) -> "ClassMoments":
-        """The moments over all ranks: the states of all ranks merged in the order of ranks, so equal on every rank.
+    def sync(self, group: dist.ProcessGroup | None = None) -> "ClassMoments":
+        """Merge the states of all ranks in the order of ranks, so that they are equal on every rank.
 
-        Returns a new object: `self` goes on holding the samples of this rank only. Every rank must call it.
+        Every rank of the group must call it.
+
+        Args:
+            group: of processes. Default: all.
+
+        Returns:
+            A new object: `self` goes on holding the samples of this rank only.
         """
-        total = copy.deepcopy(self).reset()
-        turn = copy.deepcopy(total)
-        for state in ranks.in_turn([self.count, self.mean, self.trace, self.scatter, self._bad]):
-            turn.count, turn.mean, turn.trace, turn.scatter, turn._bad = state
+        total = copy.copy(self).reset()
+        turn = copy.copy(self)
+        for state in ranks.broadcast_each([getattr(self, name) for name in self.NAMES], group):
+            for name, value in zip(self.NAMES, state, strict=True):
+                setattr(turn, name, value)
             total._absorb(turn)
         # Only after the last broadcast: a rank that raised earlier would leave the others waiting.
         total.check()
         return total
 
     def check(self) -> None:
-        """Raises ValueError if a batch on an accelerator had labels out of range or features that are not finite."""
+        """Raise ValueError if a batch on an accelerator had labels out of range or features that are not finite."""
         label_batch, feature_batch = self._bad.tolist()
         if label_batch >= 0:
             raise ValueError(f"labels must be in 0..{self.num_classes - 1}, but not all are in batch {label_batch}")
@@ -201,16 +213,16 @@ class ClassMoments:
             raise ValueError(f"features must be finite, got NaN or infinity in batch {feature_batch}")
 
     def check_counts(self) -> None:
-        """Raises ValueError if `class_counts` was given and the samples seen are not in proportion to it."""
+        """Raise ValueError if `class_counts` was given and the samples seen are not in proportion to it."""
         if self.class_counts is not None:
-            check_proportion(self.count.cpu().double(), self.class_counts)
+            check_class_counts(self.count.cpu().double(), self.class_counts)
 
-    def resolves(self, class_weights: Tensor) -> bool:
-        """Whether `within(class_weights)` can be had from the scatters kept."""
-        return self._scatter_weights(class_weights) is not None
+    def supports_weights(self, class_weights: Tensor) -> bool:
+        """Tell whether `within_class_scatter(class_weights)` can be had from the scatters kept."""
+        return self._factors(class_weights) is not None
 
-    def within(self, class_weights: Tensor) -> Tensor:
-        """The weighted within-class scatter sum_k class_weights[k] S_k.
+    def within_class_scatter(self, class_weights: Tensor) -> Tensor:
+        """Sum the within-class scatters, sum_k class_weights[k] S_k.
 
         Args:
             class_weights: (K,); 1/(K n_k) gives the balanced covariance, 1/N the empirical one.
@@ -222,17 +234,17 @@ class ClassMoments:
             ValueError: two classes share a scatter but not their weight in it.
         """
         self.check()
-        weights = self._scatter_weights(class_weights)
-        if weights is None:
+        factors = self._factors(class_weights)
+        if factors is None:
             hint = "give class_counts, or a partition that keeps classes of different counts apart"
             if not self.num_scatters:
                 hint = "these moments were made with scatter=False"
             self.check_counts()
             raise ValueError(f"the pooled within-class scatter cannot be weighted as asked: {hint}")
-        return (weights @ self.scatter.flatten(1)).view(self.num_features, self.num_features)
+        return (factors @ self.scatter.flatten(1)).view(self.num_features, self.num_features)
 
-    def spread(self, basis: Tensor, classes: Tensor) -> Tensor | None:
-        """tr(basis^T S_k basis) of some classes, if each keeps a scatter of its own.
+    def projected_scatter_trace(self, basis: Tensor, classes: Tensor) -> Tensor | None:
+        """Compute tr(basis^T S_k basis) of some classes, if each keeps a scatter of its own.
 
         Args:
             basis: (d, r) float64.
@@ -246,21 +258,13 @@ class ClassMoments:
         parts = zip(self.partition[classes.cpu()].tolist(), self.scale[classes].tolist(), strict=True)
         return torch.stack([(self.scatter[g] @ basis * basis).sum() / scale for g, scale in parts])
 
-    def _scatter_weights(self, class_weights: Tensor) -> Tensor | None:
-        """(G,) factors a with sum_g a_g scatter_g = sum_k class_weights_k S_k, or None if there are none."""
-        # Classes of fewer than two samples have S_k = 0 and agree with any weight.
-        seen = self.count > 1
+    def _factors(self, class_weights: Tensor) -> Tensor | None:
+        seen = self.count > 1  # classes of fewer than two samples have S_k = 0 and agree with any weight
         ratio = (class_weights.to(self.scale) / self.scale)[seen]
-        bins = self.partition.to(self.device)[seen]
-        if not self.num_scatters:
-            return None if len(bins) else ratio
-        zeros = ratio.new_zeros(self.num_scatters)
-        high = zeros.scatter_reduce(0, bins, ratio, "amax", include_self=False)
-        low = zeros.scatter_reduce(0, bins, ratio, "amin", include_self=False)
-        return high if bool((high - low <= 1e-12 * high.abs()).all()) else None
+        return common_factors(ratio, self.partition.to(self.device)[seen], self.num_scatters)
 
     def _absorb(self, other: "ClassMoments") -> Self:
-        with exact_arithmetic(self.device):
+        with float64_context(self.device):
             n_b = other.count.to(self.device)
             n = self.count + n_b
             share = n_b.double() / n.clamp(min=1)
@@ -304,7 +308,7 @@ class ClassMoments:
             self._add_scatter(y, klass[of])
 
     def _present(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Classes klass (S,) of the batch, slot (B,) with labels = klass[slot], and samples n_b (S,) of each."""
+        """Find classes klass (S,) of the batch, slot (B,) with labels = klass[slot], and samples n_b (S,) of each."""
         klass, slot, n_b = labels.unique(return_inverse=True, return_counts=True)
         return klass.to(self.device), slot.to(self.device), n_b.to(self.device)
 
@@ -316,14 +320,6 @@ class ClassMoments:
 
     def _add_scatter(self, rows: Tensor, classes: Tensor) -> None:
         """scatter[partition[classes[i]]] += scale[classes[i]] rows[i] rows[i]^T."""
-        if not self.num_scatters:
-            return
-        rows = rows * self.scale.sqrt()[classes, None]
-        if self.num_scatters == 1:
-            self.scatter[0].addmm_(rows.T, rows)
-            return
-        bins = self.partition.to(classes.device)[classes]
-        sizes = torch.bincount(bins, minlength=self.num_scatters).tolist()
-        for scatter, part in zip(self.scatter, rows[bins.argsort()].split(sizes), strict=True):
-            if len(part):
-                scatter.addmm_(part.T, part)
+        if self.num_scatters:
+            scaled = rows * self.scale.sqrt()[classes, None]
+            add_outer_products(self.scatter, scaled, self.partition.to(classes.device)[classes])

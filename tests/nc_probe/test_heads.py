@@ -9,7 +9,7 @@ from torch import nn
 
 import timm_deq  # noqa: F401  (registers its models)
 from nc_probe import NCProbe, find_head
-from nc_probe.hooks.taps import HeadTap
+from nc_probe.hooks.captures import ClassifierInputCapture, OutputCapture
 
 K = 7
 
@@ -80,11 +80,11 @@ def prepared(name, **arguments):
 def relative_error(model, x, logits):
     """Of weight @ feature + bias, by the parts that the search found."""
     head = find_head(model)
-    tap = HeadTap(head)
-    handles = tap.attach()
+    capture = ClassifierInputCapture(head)
+    handles = OutputCapture(model, [capture]).register()
     with torch.no_grad():
         model(x)
-        found = tap.take().double() @ head.weight.T + head.bias
+        found = capture.pop().double() @ head.weight.T + head.bias
     for handle in handles:
         handle.remove()
     return float((found - logits).abs().max() / logits.abs().max())

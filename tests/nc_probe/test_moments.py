@@ -73,7 +73,11 @@ def test_any_chunking_any_order_any_ranks(cuts, seed, pooled, ranks):
         total.merge(part)
     means, traces, within = full_batch(x, labels, balanced())
     assert total.count.tolist() == COUNTS
-    assert close(total.mean, means) and close(total.trace, traces) and close(total.within(balanced()), within)
+    assert (
+        close(total.mean, means)
+        and close(total.trace, traces)
+        and close(total.within_class_scatter(balanced()), within)
+    )
     assert total.scatter.shape == ((1 if pooled else K), d, d)
     centered, expected = total.mean[:5] - total.mean[:5].mean(0), means[:5] - means[:5].mean(0)
     assert close(centered, expected)
@@ -88,7 +92,7 @@ def test_exact_fractions_with_offset():
     mean = [sum(column) / 50 for column in zip(*exact, strict=True)]
     S = [[float(sum((r[i] - mean[i]) * (r[j] - mean[j]) for r in exact)) for j in (0, 1)] for i in (0, 1)]
     # The running mean is stored to 1e-8 (the rounding of 1e8), a hundred-thousandth of the deviations.
-    assert close(moments.within(torch.ones(1)), torch.tensor(S, dtype=torch.float64), 1e-5)
+    assert close(moments.within_class_scatter(torch.ones(1)), torch.tensor(S, dtype=torch.float64), 1e-5)
     naive = x.T @ x - 50 * torch.outer(x.mean(0), x.mean(0))
     assert not close(naive, torch.tensor(S, dtype=torch.float64), 1e-1)
 
@@ -117,7 +121,7 @@ def test_low_precision_features_are_summed_in_float64(dtype):
         moments = feed(ClassMoments(K, d), x, labels, 10)
     means, _, within = full_batch(x, labels, balanced())
     assert moments.mean.dtype == torch.float64
-    assert close(moments.mean, means, 1e-14) and close(moments.within(balanced()), within, 1e-13)
+    assert close(moments.mean, means, 1e-14) and close(moments.within_class_scatter(balanced()), within, 1e-13)
 
 
 def test_inference_mode_inside_and_outside():
@@ -144,14 +148,14 @@ def test_majority_does_not_swamp_the_balanced_scatter():
         {"partition": [0, 0, 0, 1, 1, 1]},
     ):
         moments = feed(ClassMoments(6, d, **arguments), x, labels, 100)
-        assert close(moments.within(balanced(counts)), expected)
+        assert close(moments.within_class_scatter(balanced(counts)), expected)
     minority = balanced(counts) * (labels.new_tensor([0, 0, 0, 1, 1, 1]))
-    assert close(moments.within(minority), full_batch(x, labels, minority)[2])
+    assert close(moments.within_class_scatter(minority), full_batch(x, labels, minority)[2])
     pooled = feed(ClassMoments(6, d, partition=torch.zeros(6)), x, labels, 100)
     empirical = torch.full((6,), 1 / len(labels), dtype=torch.float64)
-    assert close(pooled.within(empirical), full_batch(x, labels, empirical)[2])
+    assert close(pooled.within_class_scatter(empirical), full_batch(x, labels, empirical)[2])
     with pytest.raises(ValueError, match="cannot be weighted as asked: give class_counts"):
-        pooled.within(balanced(counts))
+        pooled.within_class_scatter(balanced(counts))
 
 
 def test_a_class_of_one_sample_has_no_scatter_that_weights_could_disagree_on():
@@ -160,12 +164,16 @@ def test_a_class_of_one_sample_has_no_scatter_that_weights_could_disagree_on():
     x, labels = samples(counts=counts)
     pooled = feed(ClassMoments(K, d, partition=torch.zeros(K)), x, labels, 7)
     for weights in (balanced(counts), torch.full((K,), 1 / 51).double()):
-        assert pooled.resolves(weights) and close(pooled.within(weights), full_batch(x, labels, weights)[2])
+        assert pooled.supports_weights(weights) and close(
+            pooled.within_class_scatter(weights), full_batch(x, labels, weights)[2]
+        )
     weights = torch.tensor([5.0, 0.1, 0.1, 7, 9, 3]).double()  # as of classes that were not seen
-    assert close(pooled.within(weights), full_batch(x, labels, weights)[2])
-    assert not pooled.resolves(torch.tensor([0.1, 0.1, 0.2, 0.1, 0.1, 0.1]))
+    assert close(pooled.within_class_scatter(weights), full_batch(x, labels, weights)[2])
+    assert not pooled.supports_weights(torch.tensor([0.1, 0.1, 0.2, 0.1, 0.1, 0.1]))
     counts = [0, 25, 25, 2, 0, 0]
-    assert not feed(ClassMoments(K, d, partition=torch.zeros(K)), *samples(counts=counts), 7).resolves(balanced(counts))
+    assert not feed(ClassMoments(K, d, partition=torch.zeros(K)), *samples(counts=counts), 7).supports_weights(
+        balanced(counts)
+    )
 
 
 @pytest.mark.parametrize("arguments", [{}, {"class_counts": COUNTS, "partition": [5, 4, 3, 2, 1, 0]}])
@@ -177,22 +185,22 @@ def test_spread_of_each_class(arguments):
     for k in range(K):
         only = torch.zeros(K).double().index_fill_(0, torch.tensor([k]), 1)
         S = full_batch(x, labels, only)[2]
-        (spread,) = moments.spread(B, torch.tensor([k])).tolist()
+        (spread,) = moments.projected_scatter_trace(B, torch.tensor([k])).tolist()
         assert spread == pytest.approx(float(torch.trace(B.T @ S @ B)), rel=1e-10, abs=1e-9)
-    assert ClassMoments(K, d, class_counts=COUNTS).update(x, labels).spread(B, torch.arange(K)) is None
-    assert ClassMoments(K, d, scatter=False).update(x, labels).spread(B, torch.arange(K)) is None
+    assert ClassMoments(K, d, class_counts=COUNTS).update(x, labels).projected_scatter_trace(B, torch.arange(K)) is None
+    assert ClassMoments(K, d, scatter=False).update(x, labels).projected_scatter_trace(B, torch.arange(K)) is None
 
 
 def test_scatter_added_afterwards_is_that_of_the_pass():
     x, labels = samples()
     late = feed(ClassMoments(K, d, scatter=False), x[:70], labels[:70], 9)
-    assert late.scatter.numel() == 0 and not late.resolves(balanced())
+    assert late.scatter.numel() == 0 and not late.supports_weights(balanced())
     with pytest.raises(ValueError, match="these moments were made with scatter=False"):
-        late.within(balanced())
+        late.within_class_scatter(balanced())
     for part in (slice(0, 30), slice(30, 70)):
         late.add_scatter(x[part], labels[part])
     feed(late, x[70:], labels[70:], 9)
-    assert close(late.within(balanced()), full_batch(x, labels, balanced())[2])
+    assert close(late.within_class_scatter(balanced()), full_batch(x, labels, balanced())[2])
 
 
 @pytest.mark.parametrize("sizes", [1, 9, 40, 60, 109])
@@ -210,9 +218,9 @@ def test_traces_without_scatter(sizes, noise):
 def test_pooled_scatter_refuses_other_samples_than_declared():
     x, labels = samples()
     moments = ClassMoments(K, d, class_counts=COUNTS).update(x[:60], labels[:60])
-    assert not moments.resolves(1 / moments.count.double().clamp(min=1))
+    assert not moments.supports_weights(1 / moments.count.double().clamp(min=1))
     with pytest.raises(ValueError, match=r"class_counts is \[40, 40, 25, 3, 1, 0\] but the samples seen are"):
-        moments.within(1 / moments.count.double().clamp(min=1))
+        moments.within_class_scatter(1 / moments.count.double().clamp(min=1))
 
 
 def test_merge_is_update():
@@ -232,6 +240,30 @@ def test_sync_without_ranks_is_a_copy_and_reset_forgets():
     moments.reset()
     assert not moments.count.any() and not moments.scatter.any() and moments.batches == 0
     assert total.count.tolist() == COUNTS and close(total.mean, full_batch(x, labels, balanced())[0])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"class_counts": COUNTS}, {"scatter": False}], ids=str)
+def test_state_is_saved_and_loaded(tmp_path, arguments):
+    x, labels = samples(offset=1)
+    whole, first = (feed(ClassMoments(K, d, **arguments), x[:n], labels[:n], 9) for n in (109, 60))
+    torch.save(first.state_dict(), tmp_path / "moments.pt")
+    again = ClassMoments(K, d, **arguments).update(x, labels).load_state_dict(torch.load(tmp_path / "moments.pt"))
+    ClassMoments(K, d, **arguments).load_state_dict(again.state_dict()).update(x[:20], labels[:20])  # a copy
+    feed(again, x[60:63], labels[60:63], 3), feed(again, x[63:], labels[63:], 9)
+    assert torch.equal(again.count, whole.count) and again.batches == 7 + 1 + 6
+    for name in ("mean", "trace", "scatter"):
+        torch.testing.assert_close(getattr(again, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
+    assert set(again.state_dict()) == {"count", "mean", "trace", "scatter", "bad", "batches"}
+    with pytest.raises(ValueError, match=r"state must have tensors of shapes .*'mean': \(6, 10\).*, got .*\(6, 9\)"):
+        ClassMoments(K, d + 1, **arguments).load_state_dict(again.state_dict())
+
+
+def test_state_moves_to_another_device_as_a_whole():
+    moments = ClassMoments(K, d, class_counts=COUNTS).to("meta")
+    stay = {name for name, value in vars(moments).items() if torch.is_tensor(value) and value.device.type == "cpu"}
+    assert stay == {"class_counts", "partition"} and moments.device.type == "meta"
+    with pytest.raises(ValueError, match="no float64"):
+        moments.to("mps")
 
 
 def test_labels_of_any_integer_type_and_empty_batches():
@@ -306,7 +338,7 @@ def test_on_an_accelerator():
     for arguments in ({}, {"class_counts": COUNTS}):
         for where in ("cpu", "cuda"):
             moments = feed(ClassMoments(K, d, device="cuda", **arguments), x.cuda(), labels.to(where), 17)
-            assert close(moments.mean.cpu(), means) and close(moments.within(balanced()).cpu(), within)
+            assert close(moments.mean.cpu(), means) and close(moments.within_class_scatter(balanced()).cpu(), within)
     bad = ClassMoments(K, d, device="cuda").update(x.cuda(), labels.cuda())
     bad.update(x.cuda(), labels.cuda() + 1).update(x.cuda() / 0, labels.cuda())
     with pytest.raises(ValueError, match="labels must be in 0..5, but not all are in batch 1"):

@@ -15,7 +15,7 @@ from collapsed import crosses, frame
 from torch import nn
 
 from nc_probe import ClassMoments, NCProbe, measure
-from nc_probe.moments import checks, second_look
+from nc_probe.moments import second_pass, validation
 
 K, d = 4, 6
 GROUPS = {"majority": [0, 1], "minority": [2, 3]}
@@ -133,7 +133,7 @@ def test_a_batch_in_blocks_is_the_batch(monkeypatch):
         model.fc.bias.copy_(-model.fc.weight @ model.features(x).mean(0))
         assert len(model(x).argmax(1).unique()) == K
     whole = run(model, x, labels, size=57, groups=GROUPS)
-    monkeypatch.setattr(second_look, "block_rows", lambda device, num_features: 7)
+    monkeypatch.setattr(second_pass, "block_rows", lambda device, num_features: 7)
     assert_same(run(model, x, labels, size=57, groups=GROUPS), whole)
 
 
@@ -318,7 +318,7 @@ def test_a_second_pass_instead_of_kept_features():
 
 
 def test_too_much_scatter_leaves_nc1_out_with_a_warning(monkeypatch):
-    monkeypatch.setattr(checks, "SCATTER_BYTES", 0)
+    monkeypatch.setattr(validation, "SCATTER_BYTES", 0)
     model, (x, labels) = Net().eval(), data()
     with pytest.warns(
         UserWarning, match="features exceed cache_bytes and spill_bytes, so NC1 will be absent: a scatter"
@@ -364,6 +364,25 @@ def test_the_model_is_left_as_it_was():
     assert activation() is None, "the model holds the probe"
     clone(x)
     assert report.samples == 57
+
+
+@pytest.mark.parametrize("arguments", [{}, {"cache_bytes": 0}], ids=str)
+def test_the_second_look_is_taken_once_and_changes_nothing(monkeypatch, arguments):
+    model, (x, labels) = Net().eval(), data()
+    probe = NCProbe(model, layers=["stem"], **arguments)
+    looks, add = [], second_pass.SecondPass.add
+    monkeypatch.setattr(second_pass.SecondPass, "add", lambda self, *a: looks.append(a) or add(self, *a))
+    with torch.no_grad(), probe:
+        model(x[:20])
+        probe.update(labels[:20])
+        kept = [features.clone() for features, _ in probe.kept()]
+        first = probe.compute()
+        assert probe.compute() is first and len(looks) == len(kept)
+        assert all(map(torch.equal, kept, [features for features, _ in probe.kept()]))
+        model(x[20:])
+        probe.update(labels[20:])
+        assert probe.compute().samples == 57 and first.samples == 20
+    assert_same(probe.compute(), run(model, x, labels, 57, layers=["stem"], **arguments))
 
 
 def test_entering_and_reset_start_afresh():

@@ -7,7 +7,8 @@ from torch import nn
 
 import timm_deq  # noqa: F401  (registers its models)
 from nc_probe import ClassMoments, NCProbe, measure
-from nc_probe.hooks.taps import layer_taps, pooled
+from nc_probe.hooks.captures import OutputCapture, layer_captures
+from nc_probe.hooks.pooling import pooled
 from timm_deq import Equilibrium, Picard
 
 K = 3
@@ -210,11 +211,11 @@ def test_misuse_is_one_line(arguments, message):
 )
 def test_stages_of_unusual_layouts_have_the_channels_that_the_model_says(name):
     model = timm.create_model(name, num_classes=K).eval()
-    taps = layer_taps(model, "stages")
-    handles = [handle for tap in taps for handle in tap.attach()]
+    captures = layer_captures(model, "stages")
+    OutputCapture(model, captures).register()
     with torch.no_grad():
         model(torch.randn(2, *model.pretrained_cfg["input_size"]))
-    for tap in taps:
-        (vector,) = tap.take().values()
-        assert vector.shape == (2, tap.layout["channels"])
-    assert len(taps) >= 3 and len(handles) == len(taps)
+    for capture in captures:
+        (vector,) = capture.pop().values()
+        assert vector.shape == (2, capture.layout["channels"])
+    assert len(captures) >= 3

@@ -19,34 +19,34 @@ from torch import Tensor
 
 from nc_probe.moments import ranks
 from nc_probe.moments.blocks import block_rows, deviations
-from nc_probe.moments.cache import Kept
+from nc_probe.moments.cache import CachedBatch
 from nc_probe.moments.class_moments import ClassMoments
 from nc_probe.moments.decisions import Scores
-from nc_probe.moments.precision import exact_arithmetic
+from nc_probe.moments.precision import float64_context
 
-__all__ = ["Looked", "SecondLook"]
+__all__ = ["SecondPassStats", "SecondPass"]
 
 
-class Looked(NamedTuple):
+class SecondPassStats(NamedTuple):
     """Sums over samples.
 
     nearest: (K,) samples whose nearest class mean is that of their class. agree: (K,) those whose nearest class mean is
-    that of the class chosen. spreads: for each basis (K,) tr(B^T S_k B), zero for classes that are not its own. within:
-    (d, d) the scatter, if wanted.
+    that of the class chosen. projected: for each basis (K,) tr(B^T S_k B), zero for classes that are not its own.
+    within: (d, d) the scatter, if wanted.
     """
 
     nearest: Tensor
     agree: Tensor
-    spreads: list[Tensor]
+    projected: list[Tensor]
     within: Tensor | None
 
 
-class SecondLook:
+class SecondPass:
     """Looks at every sample of a pass again.
 
     Args:
         moments: of the whole pass, over all ranks.
-        bases: (B (d, r), classes) whose spreads tr(B^T S_k B) are wanted, in the span of differences of class means.
+        bases: (B (d, r), classes) whose projected tr(B^T S_k B) are wanted, in the span of differences of class means.
             The columns of the first are orthogonal.
         class_weights: (K,) if the scatter sum_k class_weights[k] S_k is wanted.
     """
@@ -58,11 +58,11 @@ class SecondLook:
         class_weights: Tensor | None = None,
     ) -> None:
         self.moments, self.class_weights = moments, class_weights
-        with exact_arithmetic(moments.device):
+        with float64_context(moments.device):
             seen = moments.count > 0
             # Samples; those whose nearest class mean is that of their class; that of the class chosen.
             self._tally = moments.count.new_zeros(moments.num_classes, 3)
-            self.spreads = [torch.zeros_like(moments.trace) for _ in bases]
+            self.projected = [torch.zeros_like(moments.trace) for _ in bases]
             self.within = None if class_weights is None else moments.mean.new_zeros(*[moments.num_features] * 2)
             # About the centre of the means, so that a large common offset cancels no digits.
             means = moments.mean - moments.mean[seen].mean(0)
@@ -83,7 +83,7 @@ class SecondLook:
             if lengths is not None:
                 self._bases[0] = lengths, self._bases[0][1]  # V^T B is diagonal
 
-    def add(self, batch: Kept, columns: slice = slice(None), classifier: int = 0) -> None:
+    def add(self, batch: CachedBatch, columns: slice = slice(None), classifier: int = 0) -> None:
         """Looks at a batch again.
 
         Args:
@@ -94,7 +94,7 @@ class SecondLook:
         moments = self.moments
         rows = block_rows(moments.device, moments.num_features)
         chosen = batch.chosen[:, classifier].to(moments.device) if batch.chosen.shape[1] else None
-        with exact_arithmetic(moments.device):
+        with float64_context(moments.device):
             blocks = deviations(batch.features[:, columns], batch.labels, moments.mean, rows=rows)
             for i, (x, labels) in enumerate(blocks):
                 self._add(x, labels, None if chosen is None else chosen[i * rows : (i + 1) * rows])
@@ -107,7 +107,7 @@ class SecondLook:
                 stop = start + step
                 self.within[start:stop, :stop].addmm_(weighted[:, start:stop].T, x[:, :stop])
         p = x if self._span is None else x @ self._span
-        for spread, (basis, member) in zip(self.spreads, self._bases, strict=True):
+        for spread, (basis, member) in zip(self.projected, self._bases, strict=True):
             mine, of = (p, labels) if member is None else (p[member[labels]], labels[member[labels]])
             mine = mine * basis if basis.ndim == 1 else mine @ basis
             spread.index_add_(0, of, mine.square().sum(1))
@@ -115,16 +115,16 @@ class SecondLook:
         agree = torch.zeros_like(labels) if chosen is None else nearest == chosen
         self._tally.index_add_(0, labels, torch.stack([torch.ones_like(labels), nearest == labels, agree], 1))
 
-    def finish(self, *, sync: bool = True) -> Looked:
-        """What all ranks have seen, every one of which must call it; or with `sync=False` this one.
+    def compute(self, *, sync: bool = True) -> SecondPassStats:
+        """Sum over all ranks, every one of which must call it; or with `sync=False` over this one.
 
         Raises:
             ValueError: the samples were not those of the first look.
         """
-        total = ranks.total if sync else lambda tensor: tensor
+        total = ranks.all_reduce_sum if sync else lambda tensor: tensor
         count, nearest, agree = total(self._tally).unbind(1)
         within = None if self.within is None else total(self.within.tril() + self.within.tril(-1).T)
-        looked = Looked(nearest, agree, [*map(total, self.spreads)], within)
+        looked = SecondPassStats(nearest, agree, [*map(total, self.projected)], within)
         if not torch.equal(count, self.moments.count):
             k = int((count != self.moments.count).nonzero()[0, 0])
             raise ValueError(

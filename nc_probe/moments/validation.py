@@ -1,16 +1,24 @@
-"""What is wrong with features, labels and settings, in one line."""
+"""Input validation: features, labels and settings, each error in one line."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_batch", "check_proportion", "check_samples", "check_scatters", "examine", "short"]
+__all__ = [
+    "check_batch",
+    "check_class_counts",
+    "check_samples",
+    "check_scatters",
+    "short",
+    "validate_features",
+    "validate_values",
+]
 
 # K d^2 float64 that may be taken without having been asked for: K = 100 classes of d = 512 features fit.
 SCATTER_BYTES = 256 * 2**20
 
 
 def check_samples(batch_size: int, labels: Tensor, mask: Tensor | None) -> None:
-    """Looks at what is said of the samples of a forward pass: labels (B,), and a bool mask (B,) or none.
+    """Check what is said of the samples of a forward pass: labels (B,), and a bool mask (B,) or none.
 
     Raises:
         ValueError: they have another shape or type.
@@ -22,7 +30,7 @@ def check_samples(batch_size: int, labels: Tensor, mask: Tensor | None) -> None:
 
 
 def check_batch(features: Tensor, labels: Tensor, num_features: int) -> None:
-    """Looks at shapes and types: features floating point (B, d), labels integers (B,).
+    """Check shapes and types: features floating point (B, d), labels integers (B,).
 
     Raises:
         ValueError: they are not so.
@@ -38,8 +46,8 @@ def check_batch(features: Tensor, labels: Tensor, num_features: int) -> None:
         raise ValueError(f"labels must have shape ({len(features)},) as features have, got {tuple(labels.shape)}")
 
 
-def examine(features: Tensor, labels: Tensor, num_classes: int, *, batch: int, bad: Tensor) -> Tensor:
-    """Looks at the values: at once on the CPU, by a flag kept on the accelerator otherwise.
+def validate_values(features: Tensor, labels: Tensor, num_classes: int, *, batch: int, bad: Tensor) -> Tensor:
+    """Validate the values: at once on the CPU, by a flag kept on the accelerator otherwise.
 
     Args:
         features: (B, d), to be finite.
@@ -55,33 +63,43 @@ def examine(features: Tensor, labels: Tensor, num_classes: int, *, batch: int, b
         ValueError: bad values on the CPU.
     """
     outside = ((labels < 0) | (labels >= num_classes)).any()
-    # NaN and infinity show in the extremes, which take about a tenth of the time of isfinite().all() on a CPU.
-    extremes = torch.stack(features.aminmax()) if features.numel() else features.new_zeros(1)
-    infinite = ~extremes.isfinite().all()
     if labels.device.type == "cpu" and outside:
         raise ValueError(
             f"labels must be in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())} in batch {batch}"
         )
+    infinite = validate_features(features, batch=batch)
     if features.device.type == "cpu":
-        if infinite:
-            raise ValueError(f"features must be finite, got NaN or infinity in batch {batch}")
         return bad
     found = torch.stack([outside.to(bad.device), infinite])
     return torch.where(found & (bad < 0), batch, bad)
 
 
-def check_proportion(seen: Tensor, told: Tensor) -> None:
-    """Looks at counts (K,): those seen are to be in proportion to those told.
+def validate_features(features: Tensor, *, batch: int) -> Tensor:
+    """Find out whether features (B, d) are not all finite: a bool on their device.
+
+    Raises:
+        ValueError: they are not, and on the CPU.
+    """
+    # NaN and infinity show in the extremes, which take about a tenth of the time of isfinite().all() on a CPU.
+    extremes = torch.stack(features.aminmax()) if features.numel() else features.new_zeros(1)
+    infinite = ~extremes.isfinite().all()
+    if features.device.type == "cpu" and infinite:
+        raise ValueError(f"features must be finite, got NaN or infinity in batch {batch}")
+    return infinite
+
+
+def check_class_counts(observed: Tensor, declared: Tensor) -> None:
+    """Check that counts (K,) observed are in proportion to those declared.
 
     Raises:
         ValueError: they are not.
     """
-    if not torch.allclose(seen * told.sum(), told * seen.sum(), rtol=1e-9, atol=0):
-        raise ValueError(f"class_counts is {short(told)} but the samples seen are {short(seen)}")
+    if not torch.allclose(observed * declared.sum(), declared * observed.sum(), rtol=1e-9, atol=0):
+        raise ValueError(f"class_counts is {short(declared)} but the samples seen are {short(observed)}")
 
 
 def check_scatters(num_classes: int, num_features: int) -> None:
-    """Looks at the size of a scatter for each class.
+    """Check the size of a scatter for each class.
 
     Raises:
         ValueError: it is more than one would take without being asked.
@@ -96,6 +114,6 @@ def check_scatters(num_classes: int, num_features: int) -> None:
 
 
 def short(values: Tensor) -> str:
-    """The first ten."""
+    """Format the first ten."""
     listed = ", ".join(f"{v:g}" for v in values.tolist()[:10])
     return f"[{listed}{', ...' if len(values) > 10 else ''}]"

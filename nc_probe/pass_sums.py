@@ -1,0 +1,164 @@
+"""Sums of a pass: what is added up of its samples, and the reports that come of it."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nc_probe.hooks.heads import Head
+from nc_probe.hooks.streams import CaptureStream, MakeMoments, classifier_streams
+from nc_probe.measures.agreement import Agreement
+from nc_probe.measures.assembly import Measurement
+from nc_probe.moments import ranks
+from nc_probe.moments.cache import CachedBatch, FeatureCache
+from nc_probe.moments.second_pass import SecondPass, SecondPassStats
+from nc_probe.report import CollapseReport, measure
+
+__all__ = ["PassSums"]
+
+
+class PassSums:
+    """Sums over the samples of a pass, at the classifier and at what is captured besides, and the features kept.
+
+    Args:
+        head: the classifier, if there is one.
+        num_classes: K.
+        make: empty moments; with `scatter=False` without a scatter.
+        captured: a stream for each layer, and for each solve.
+        cache: for features.
+        settings: center, groups and conventions of reports.
+        spectrum: whether the ranks of features are wanted.
+    """
+
+    def __init__(
+        self,
+        head: Head | None,
+        num_classes: int,
+        make: MakeMoments,
+        *,
+        captured: Mapping[str, Sequence[CaptureStream]],
+        cache: FeatureCache,
+        settings: Mapping[str, Any],
+        spectrum: bool,
+    ) -> None:
+        self.head, self.num_classes, self.settings, self.spectrum = head, num_classes, settings, spectrum
+        self._captured, self._cache = captured, cache
+        # The scatter waits for a second look at the features, unless they are gone by then, or rounded.
+        self._deferred = not cache.budget_exceeded and cache.dtype is None
+        self.classifiers = classifier_streams(head, lambda d: make(d, scatter=not self._deferred))
+        self.reset()
+
+    @property
+    def captures(self) -> list[CaptureStream]:
+        """The streams of layers and solves."""
+        return [stream for streams in self._captured.values() for stream in streams]
+
+    def reset(self) -> None:
+        """Drop every sample."""
+        for stream in (*self.classifiers, *self.captures):
+            stream.reset()
+        self._cache.clear()
+        self._second_passes: list[SecondPass] = []
+        self._reports: dict[bool, CollapseReport] = {}
+
+    def begin_second_pass(self) -> None:
+        """Take the samples to come for those that are there already.
+
+        Raises:
+            ValueError: there are none.
+        """
+        passes = [SecondPass(stream.gathered(sync=True)) for stream in self.classifiers]
+        self._second_passes, self._reports = passes, {}
+
+    def end(self) -> None:
+        """Hold the weights of the classifier, on a rank without samples too."""
+        for stream in self.classifiers:
+            stream.snapshot()
+
+    def add(self, features: Tensor, labels: Tensor, mask: Tensor | None) -> None:
+        """Add a batch: features (B, D) of the whole head, labels (B,); and what was captured, where `mask` is True."""
+        first = not self._second_passes
+        self._reports = {}
+        if first:  # whatever is refused is refused before anything is added
+            captured = [(stream, stream.pop(labels, mask)) for stream in self.captures]
+            for stream in self.classifiers:
+                stream.add(features, labels)
+            for stream, places in captured:
+                stream.add(places, labels)
+        labels = labels.long().clamp(0, self.num_classes - 1)  # an accelerator's are checked later
+        chosen = torch.cat([stream.choose(features, labels, count=first) for stream in self.classifiers], 1)
+        batch = CachedBatch(features, labels, chosen)
+        for i, second in enumerate(self._second_passes):
+            second.add(batch, self.classifiers[i].columns, i)
+        if first and not self._cache.budget_exceeded:
+            self._cache.append(batch)
+            if self._cache.budget_exceeded:
+                self._fall_back_to_scatter(batch)
+
+    def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield features (B, D) and labels (B,) of this rank, batch by batch."""
+        for batch in self._cache:
+            yield batch.features, batch.labels
+
+    def compute(self, *, sync: bool) -> CollapseReport:
+        """Make the report, once; over all ranks, every one of which must call it, or of this rank."""
+        missing = [int(sync not in self._reports)]
+        if any(ranks.all_reduce_max(missing) if sync else missing):  # a rank that computes needs the others
+            self._reports[sync] = self._compute(sync)
+        return self._reports[sync]
+
+    def _fall_back_to_scatter(self, last: CachedBatch) -> None:
+        """Discard the features kept, and `last`, and go on with the within-class scatter."""
+        if self._deferred:
+            for stream in self.classifiers:
+                stream.add_scatter(itertools.chain(self.kept(), [(last.features, last.labels)]))
+        self._cache.discard()
+
+    def _compute(self, sync: bool) -> CollapseReport:
+        exceeded = [int(self._cache.budget_exceeded)]
+        exceeded = any(ranks.all_reduce_max(exceeded) if sync else exceeded)
+        main, *heads = [self._report(i, exceeded, sync=sync) for i in range(len(self.classifiers))]
+        names = [linear.name for linear in self.head.maps] if self.head and heads else []
+        parts: dict[str, Any] = {"heads": dict(zip(names, heads, strict=True))}
+        settings = {name: self.settings[name] for name in ("center", "groups")}
+        for kind, streams in self._captured.items():
+            places = {name: m for stream in streams for name, m in stream.gathered(sync=sync).items()}
+            parts[kind] = {k: measure(m, None, **settings) for k, m in places.items()}
+        return dataclasses.replace(main, **parts)
+
+    def _report(self, index: int, exceeded: bool, *, sync: bool) -> CollapseReport:
+        """Make the report of a classifier; `exceeded`: the features of some rank are not kept."""
+        stream = self.classifiers[index]
+        # What another rank had to add, this one adds too.
+        late = self.kept() if exceeded and self._deferred and not self._cache.budget_exceeded else None
+        moments = stream.gathered(late, sync=sync)
+        moments.check_counts()
+        dtype = stream.features_dtype(sync=sync)
+        measurement = Measurement(moments, *stream.snapshot(), **self.settings, features_dtype=dtype)
+        scatter = None
+        if self._deferred and not exceeded:
+            scatter, source = self._from_cache(index, measurement, sync=sync)
+            stats = scatter
+        elif self._second_passes:
+            stats, source = self._second_passes[index].compute(sync=sync), "from a second pass over the samples"
+        elif not exceeded:
+            stats, source = self._from_cache(index, measurement, sync=sync)
+        else:
+            stats, source = None, "absent: features exceed cache_bytes and spill_bytes, and there was no second pass"
+        agree = None if stats is None or stream.linear is None else stats.agree
+        nearest = None if stats is None else stats.nearest
+        agreement = Agreement(stream.correct_counts(sync=sync), nearest, agree, source)
+        return CollapseReport.of(measurement.values(agreement, scatter))
+
+    def _from_cache(self, index: int, measurement: Measurement, *, sync: bool) -> tuple[SecondPassStats, str]:
+        """Look again at the features that are kept: at their scatter too, unless it was summed in the first pass."""
+        stream, bases, weights = self.classifiers[index], [], None
+        if self._deferred:
+            bases, weights = measurement.bases, measurement.class_weights if self.spectrum else None
+        second = SecondPass(measurement.moments, bases, weights)
+        for batch in self._cache:
+            second.add(batch, stream.columns, index)
+        return second.compute(sync=sync), f"from {self._cache.where(sync=sync)}"
