@@ -95,5 +95,5 @@ def first_at_loss(records: Sequence[Mapping[str, Any]], loss: float) -> Mapping[
         records: lines of metrics.jsonl.
         loss: in nats for cross-entropy.
     """
-    probed = (record for record in records if record.get("collapse"))
+    probed = (record for record in records if record.get("collapse") and record["train_loss"] is not None)
     return next((record for record in probed if record["train_loss"] <= loss), None)

@@ -3,6 +3,7 @@ import statistics
 
 import pytest
 import yaml
+from scipy import stats
 
 from recipes.compare import interval_of, main
 
@@ -53,12 +54,80 @@ def test_intervals_are_those_of_students_tables(n, t, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        (["--cl", "nowhere"], "--cl is unknown; allowed: --ci, and run folders"),
-        ([], "no run folder given"),
+        (["--cl", "nowhere"], "unrecognized arguments: --cl; allowed"),
+        ([], "the following arguments are required: RUN"),
         (["nowhere"], "'nowhere' has no config.yaml; allowed: folders of runs"),
+        (["nowhere", "--loss", "low"], "invalid float value: 'low'"),
     ],
 )
 def test_bad_input(folders, message, capsys):
     assert main(folders) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def probes(folder, *records):
+    """Write metrics.jsonl: for each epoch its training loss, and NC1 where it was probed."""
+    lines = []
+    for epoch, (loss, nc1) in enumerate(records):
+        collapse = {"collapse": {"nc1": nc1, "nc2_etf": 0.5, "nc3": 0.5, "nc4": 1.0}} if nc1 else {}
+        lines.append(
+            {"epoch": epoch, "train_loss": loss, "solver": {}, "val": {"overall": 0.9 - loss / 10}, **collapse}
+        )
+    with open(f"{folder}/metrics.jsonl", "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    return folder
+
+
+def test_differences_are_taken_seed_by_seed(tmp_path, capsys):
+    deq, twin = [0.95, 0.91, 0.94, 0.90, 0.93, 0.97], [0.90, 0.88, 0.92, 0.87, 0.92, 0.91]
+    order = [3, 1, 5, 0, 4, 2]  # not that in which they ran
+    folders = [run(tmp_path / f"twin{s}", seed=s, accuracy=twin[s], lr=0.3) for s in range(6)]
+    folders += [run(tmp_path / f"deq{s}", seed=s, accuracy=deq[s], lr=0.2) for s in order]
+    assert main([*folders, "--paired"]) == 0
+    _, paired = capsys.readouterr().out.split("\n\n")
+    header, _, overall, nc1, *_ = paired.splitlines()
+    assert header.startswith("| minus lr=0.3 | n | difference |")
+    test = stats.ttest_rel([100 * x for x in deq], [100 * x for x in twin])
+    low, high = test.confidence_interval(0.95)
+    expected = f"| lr=0.2: overall % | 6 | +3.33 | {low:+.3g} to {high:+.3g} | {test.pvalue:.3g} | 0.0312 |"
+    assert overall == expected
+    assert nc1 == "| lr=0.2: NC1 | 6 | +0 | - | - | 1 |"
+    assert "fewer than 6" not in paired
+
+
+def test_few_common_seeds_are_told(tmp_path, capsys):
+    folders = [run(tmp_path / f"a{s}", seed=s, accuracy=0.9 + s / 100, lr=0.3) for s in range(4)]
+    folders += [run(tmp_path / f"b{s}", seed=s, accuracy=0.8, lr=0.2) for s in (1, 2, 7)]
+    assert main(["--paired", *folders]) == 0
+    out = capsys.readouterr().out
+    assert "| lr=0.2: overall % | 2 | -11.5 |" in out
+    assert "2 common seeds, fewer than 6: the sign-flip p is never below 0.05 (least: 0.5)." in out
+
+
+def test_runs_that_cannot_be_paired(tmp_path, capsys):
+    folders = [run(tmp_path / f"a{i}", seed=0, accuracy=0.9, lr=0.3) for i in range(2)]
+    assert main([*folders, "--paired"]) == 2
+    assert "runs of one setting alone" in capsys.readouterr().err
+    assert main([*folders, run(tmp_path / "b", seed=0, accuracy=0.8, lr=0.2), "--paired"]) == 2
+    assert "seed 0 is there twice of 'lr=0.3'" in capsys.readouterr().err
+
+
+def test_settings_of_one_name_stay_apart(tmp_path, capsys):
+    """A run of a version that lacks a setting is named as one that has its default."""
+    folders = [run(tmp_path / "old", seed=0, accuracy=0.9), run(tmp_path / "new", seed=0, accuracy=0.8, defer=0)]
+    assert main([*folders, "--paired"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("| defaults | 1 |") == 2 and "| defaults: overall % | 1 | -10 | - | - | 1 |" in out
+
+
+def test_equal_training_loss(tmp_path, capsys):
+    slow = probes(run(tmp_path / "slow", seed=0, accuracy=0.9, lr=0.2), (0.9, 3.0), (0.5, None), (0.4, 2.0), (0.1, 1.0))
+    fast = probes(run(tmp_path / "fast", seed=0, accuracy=0.8, lr=0.3), (0.5, 0.7), (0.2, 0.5))
+    never = probes(run(tmp_path / "never", seed=1, accuracy=0.8, lr=0.3), (0.7, 0.7), (0.6, 0.6))
+    assert main([slow, fast, never, "--loss", "0.5", "--paired"]) == 0
+    header, _, first, second, _, note, _, _, _, overall, nc1, *_ = capsys.readouterr().out.splitlines()
+    assert header.startswith("| settings | runs | val overall % | NC1 |")
+    assert first.startswith("| lr=0.2 | 1 | 86.0 | 2 |") and second.startswith("| lr=0.3 | 2 | 85.0 | 0.7 |")
+    assert note == "1 of 3 runs have no probe at a training loss of at most 0.5."
+    assert overall.startswith("| lr=0.3: val overall % | 1 | -1 |") and nc1.startswith("| lr=0.3: NC1 | 1 | -1.3 |")
