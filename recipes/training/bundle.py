@@ -149,5 +149,6 @@ def _base_model(config: TrainConfig) -> str | None:
     if is_hub_name(config.model):
         return parse_hub_name(config.model).repo
     if config.pretrained and timm.is_model(config.model):
-        return timm.get_pretrained_cfg(config.model).hf_hub_id
+        known = timm.get_pretrained_cfg(config.model)
+        return known and known.hf_hub_id
     return None
