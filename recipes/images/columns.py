@@ -5,6 +5,7 @@ from typing import Any
 
 import datasets
 
+from recipes.errors import UserError
 from recipes.images.labels import shorten
 
 FOLDER_COLUMN = "class_folder"
@@ -43,14 +44,14 @@ def find_image_column(features: Mapping[str, Any], given: str | None = None, *, 
     """The column given, or the only one of images, or that of several which is called `image`.
 
     Raises:
-        ValueError: there is no such column, or it is not clear which.
+        UserError: there is no such column, or it is not clear which.
     """
     fitting = [name for name, feature in features.items() if is_image(feature)]
     declared = [name for name in fitting if isinstance(features[name], datasets.Image)]
     if given is not None:
         if given not in fitting:
             problem = "does not hold images" if given in features else f"is not in split {split!r}"
-            raise ValueError(f"image_column {given!r} {problem}; columns: {shorten([*features])}")
+            raise UserError(f"image_column {given!r} {problem}; columns: {shorten([*features])}")
         return given
     candidates = declared or fitting
     if len(candidates) > 1 and "image" in candidates:
@@ -63,13 +64,14 @@ def find_label_column(features: Mapping[str, Any], image_column: str, given: str
     then of integers, truth values or strings, then of fields of records.
 
     Raises:
-        ValueError: there is no such column, or it is not clear which.
+        UserError: there is no such column, or it is not clear which.
     """
     where = f"label_column of split {split!r}"
     every = {name: feature for name, feature in leaves(features) if name != image_column}
     if given is not None:
         if given not in every and given not in features:
-            raise ValueError(f"label_column {given!r} is not in split {split!r}; columns: {shorten([*every])}")
+            columns = shorten([name for name, _ in leaves(features)])
+            raise UserError(f"label_column {given!r} is not in split {split!r}; columns: {columns}")
         return given
     named = [name for name in every if name in ("label", FOLDER_COLUMN) or name.startswith("label.")]
     if named:
@@ -89,7 +91,7 @@ def find_label_column(features: Mapping[str, Any], image_column: str, given: str
 
 def _only(candidates: list[str], columns: Iterable[str], flag: str, kind: str) -> str:
     if len(candidates) != 1:
-        raise ValueError(
+        raise UserError(
             f"{flag} must be given: columns that may hold {kind} are {shorten(candidates)}; "
             f"columns: {shorten([*columns])}"
         )

@@ -16,6 +16,7 @@ import pyarrow as pa
 from PIL import Image
 from pyarrow import csv, json, parquet
 
+from recipes.errors import UserError
 from recipes.images.columns import FOLDER_COLUMN
 from recipes.images.labels import column_values, shorten
 
@@ -50,7 +51,7 @@ _NUMBERED = re.compile(r"(?P<name>[a-z]+)[-_.]?\d*", re.IGNORECASE)
 _WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_NAMES)})(?![a-z])", re.IGNORECASE)
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError):
     """A folder that holds no images, or may be read in two ways."""
 
 

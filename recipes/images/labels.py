@@ -12,7 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recipes.errors import UserError
+
 _ALLOWED = "class labels, integers of 0 or more, truth values or strings, one for each image"
+
+_MOST = 1 << 20  # classes that are counted from 0 on without looking whether they occur
 
 
 def shorten(names: Sequence[str], most: int = 10) -> str:
@@ -34,7 +38,7 @@ def read_labels(split: str, rows: datasets.Dataset, column: str, feature: Any) -
     """Labels of all rows, (N,), as positions in a list of names in ascending order, or that of a ClassLabel.
 
     Raises:
-        ValueError: missing or negative labels, or labels of a type that does not tell classes apart.
+        UserError: missing or negative labels, or labels of a type that does not tell classes apart.
     """
     values = column_values(rows, column)
     if pa.types.is_dictionary(values.type):
@@ -42,13 +46,13 @@ def read_labels(split: str, rows: datasets.Dataset, column: str, feature: Any) -
     kind = values.type
     strings = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     if not (strings or pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
-        raise ValueError(f"label_column {column!r} of split {split!r} holds {kind}; allowed: {_ALLOWED}")
+        raise UserError(f"label_column {column!r} of split {split!r} holds {kind}; allowed: {_ALLOWED}")
     absent = values.null_count
     if strings:
         absent += int(pc.sum(pc.equal(pc.utf8_trim_whitespace(values), "")).as_py() or 0)
     if absent:
         hint = " (the split has no labels)" if absent == len(values) else ""
-        raise ValueError(f"split {split!r} has no label in {absent} of {len(values)} images{hint}; allowed: {_ALLOWED}")
+        raise UserError(f"split {split!r} has no label in {absent} of {len(values)} images{hint}; allowed: {_ALLOWED}")
     labels = np.asarray(values.to_pylist(), dtype=object) if strings else values.to_numpy()
     if not strings:
         _check_range(split, labels, feature)
@@ -68,7 +72,7 @@ def _check_range(split: str, labels: np.ndarray, feature: Any) -> None:
     if wrong.any():
         value = labels[wrong][0]
         hint = " (the split has no labels)" if value == -1 and wrong.all() else ""
-        raise ValueError(
+        raise UserError(
             f"split {split!r} has label {value} in {(labels == value).sum()} of {len(labels)} images{hint}; "
             f"allowed: {allowed}"
         )
@@ -77,6 +81,14 @@ def _check_range(split: str, labels: np.ndarray, feature: Any) -> None:
 def used_names(codes: np.ndarray, names: Sequence[str]) -> list[str]:
     """The names that occur, in their order."""
     return [names[k] for k in np.unique(codes)]
+
+
+def declared_names(names: list[str], feature: Any) -> list[str]:
+    """The names of a ClassLabel; all integers from 0 on, where there are few missing; else the names that occur."""
+    integers = isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
+    if integers and int(names[-1]) < _MOST:
+        return [str(number) for number in range(int(names[-1]) + 1)]
+    return names
 
 
 def match_names(split: str, codes: np.ndarray, names: Sequence[str], class_names: Sequence[str], whose: str) -> Any:
@@ -88,13 +100,13 @@ def match_names(split: str, codes: np.ndarray, names: Sequence[str], class_names
         whose: whom the classes belong to, for the error.
 
     Raises:
-        ValueError: a name that occurs is not that of a class.
+        UserError: a name that occurs is not that of a class.
     """
     number = {name: k for k, name in enumerate(class_names)}
     unknown = [name for name in used_names(codes, names) if name not in number]
     if unknown:
         images = int(np.isin(codes, [k for k, name in enumerate(names) if name not in number]).sum())
-        raise ValueError(
+        raise UserError(
             f"split {split!r} has classes {shorten(unknown)} in {images} of {len(codes)} images; "
             f"allowed: those of {whose}, {shorten(class_names)}"
         )

@@ -7,7 +7,7 @@ decodes one; classes are read at once and checked.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ from recipes.errors import UserError
 from recipes.images.columns import find_image_column, find_label_column, leaves
 from recipes.images.digits import digits
 from recipes.images.folders import SPLIT_NAMES, LayoutError, open_folder, with_pictures
-from recipes.images.labels import match_names, read_labels, shorten, used_names
+from recipes.images.labels import declared_names, match_names, read_labels, shorten, used_names
 from recipes.images.pixels import decode_image
 
 _ALLOWED = "'digits', a folder, or a Hub data set id"
@@ -83,6 +83,19 @@ class ImageSplit:
                 f"image {index} of split {self.name!r}{where} cannot be decoded: {reason}"
             ) from None
 
+    def renumbered(self, class_names: Sequence[str], whose: str) -> "ImageSplit":
+        """The split with classes matched by name to others.
+
+        Args:
+            class_names: names of the classes 0, 1, ...
+            whose: whom they belong to, for the error.
+
+        Raises:
+            UserError: a class that occurs is not among them.
+        """
+        labels = match_names(self.name, self.labels, self.class_names, class_names, whose)
+        return replace(self, labels=labels, class_names=tuple(class_names))
+
     @property
     def fingerprint(self) -> str:
         """Identity of the split: hash of its class names and of the classes in order."""
@@ -99,7 +112,7 @@ def open_dataset(name: str, config: str | None = None, revision: str | None = No
         revision: commit, tag or branch of a Hub data set.
 
     Raises:
-        ValueError: there is no such data set, it cannot be read without running its code, or it has no configurations
+        UserError: there is no such data set, it cannot be read without running its code, or it has no configurations
             or revisions and one is given.
     """
     folder = Path(name).expanduser()
@@ -108,13 +121,13 @@ def open_dataset(name: str, config: str | None = None, revision: str | None = No
     plain = name == "digits" or _is_saved(folder)
     for flag, value, pointless in (("config", config, plain), ("revision", revision, local)):
         if value is not None and pointless:
-            raise ValueError(f"dataset_{flag} is {value!r}; allowed: none for dataset {name!r}, which has no {flag}s")
+            raise UserError(f"dataset_{flag} is {value!r}; allowed: none for dataset {name!r}, which has no {flag}s")
     if name == "digits":
         return digits()
     if not local and (not name.strip() or _is_reader(name)):
-        raise ValueError(f"dataset is {name!r}, which names no data; allowed: {_ALLOWED}")
+        raise UserError(f"dataset is {name!r}, which names no data; allowed: {_ALLOWED}")
     if not local and (folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise ValueError(f"dataset {name!r} is not a folder; allowed: {_ALLOWED}")
+        raise UserError(f"dataset {name!r} is not a folder; allowed: {_ALLOWED}")
     try:
         if local and _is_saved(folder):
             return _open_saved(folder)
@@ -125,7 +138,7 @@ def open_dataset(name: str, config: str | None = None, revision: str | None = No
         raise
     except Exception as error:  # the readers of the many formats share no base class
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"dataset {name!r} cannot be opened: {reason}; allowed: {_ALLOWED}") from error
+        raise UserError(f"dataset {name!r} cannot be opened: {reason}; allowed: {_ALLOWED}") from error
     assert isinstance(opened, datasets.DatasetDict)
     return {str(split): with_pictures(rows, [folder] if local else []) for split, rows in opened.items()}
 
@@ -178,12 +191,12 @@ def load_splits(
     """Find images and classes in the train and the test split, and check the classes.
 
     Raises:
-        ValueError: as of `load_split`; or the test split is the train split, or has a class that the train split lacks.
+        UserError: as of `load_split`; or the test split is the train split, or has a class that the train split lacks.
     """
     _check_split(splits, "train_split", train_split)
     _check_split(splits, "test_split", test_split)
     if train_split == test_split:
-        raise ValueError(f"test_split {test_split!r} is the train split; allowed: another of {shorten([*splits])}")
+        raise UserError(f"test_split {test_split!r} is the train split; allowed: another of {shorten([*splits])}")
     columns = {"image_column": image_column, "label_column": label_column}
     train = load_split(splits, train_split, **columns, class_names=class_names)
     return train, load_like(splits, test_split, train)
@@ -193,7 +206,7 @@ def load_like(splits: Mapping[str, datasets.Dataset], name: str, train: ImageSpl
     """Another split of the data set, with the columns and the classes of the train split.
 
     Raises:
-        ValueError: as of `load_split`; or it has a class that the train split lacks.
+        UserError: as of `load_split`; or it has a class that the train split lacks.
     """
     columns = {"image_column": train.image_column, "label_column": train.label_column}
     return load_split(splits, name, **columns, class_names=train.class_names, whose=f"split {train.name!r}")
@@ -214,27 +227,37 @@ def load_split(
     Args:
         class_names: names of the classes 0, 1, ..., by which labels are matched; those that occur if not given.
         whose: whom these classes belong to, for the error.
-        declared: without `class_names`, whether a ClassLabel that does not occur is a class nevertheless.
+        declared: without `class_names`, whether classes that do not occur are classes nevertheless: those of a
+            ClassLabel, or the integers from 0 on.
 
     Raises:
-        ValueError: a split or column that is not there, an empty split, or labels that are no classes.
+        UserError: a split or column that is not there, an empty split, or labels that are no classes.
     """
-    _check_split(splits, "split", name)
+    image_column, label_column = find_columns(splits, name, image_column=image_column, label_column=label_column)
     rows = splits[name].with_format(None)
-    image_column = find_image_column(rows.features, image_column, split=name)
-    label_column = find_label_column(rows.features, image_column, label_column, split=name)
-    feature = (
-        rows.features[label_column] if label_column in rows.features else dict(leaves(rows.features))[label_column]
-    )
+    feature = {**dict(leaves(rows.features)), **rows.features}[label_column]
     codes, names = read_labels(name, rows, label_column, feature)
     if class_names is None:
-        class_names = names if declared else used_names(codes, names)
+        class_names = declared_names(names, feature) if declared else used_names(codes, names)
     labels = match_names(name, codes, names, class_names, whose)
     return ImageSplit(name, rows, image_column, labels, tuple(class_names), label_column)
 
 
+def find_columns(
+    splits: Mapping[str, datasets.Dataset], name: str, *, image_column: str | None, label_column: str | None
+) -> tuple[str, str]:
+    """Columns of the images and of the labels of a split: those given, or those that are found.
+
+    Raises:
+        UserError: a split or a column that is not there, or several that may be meant.
+    """
+    _check_split(splits, "split", name)
+    image_column = find_image_column(splits[name].features, image_column, split=name)
+    return image_column, find_label_column(splits[name].features, image_column, label_column, split=name)
+
+
 def _check_split(splits: Mapping[str, datasets.Dataset], flag: str, name: str) -> None:
     if name not in splits:
-        raise ValueError(f"{flag} {name!r} is not in the data set; allowed: {shorten([*splits])}")
+        raise UserError(f"{flag} {name!r} is not in the data set; allowed: {shorten([*splits])}")
     if not len(splits[name]):
-        raise ValueError(f"{flag} {name!r} is empty; allowed: a split of 1 image or more")
+        raise UserError(f"{flag} {name!r} is empty; allowed: a split of 1 image or more")

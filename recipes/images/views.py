@@ -9,6 +9,7 @@ from timm.data import create_transform
 from torch.utils.data import Dataset, Sampler
 from torchvision import transforms
 
+from recipes.errors import UserError
 from recipes.images.augment import Cutout, seeded
 from recipes.images.sources import CorruptImageError, ImageSplit
 from recipes.images.workers import ImageLoader
@@ -59,10 +60,10 @@ def image_mode(channels: int) -> str:
     """PIL's mode of images of that many channels.
 
     Raises:
-        ValueError: it has none for them.
+        UserError: it has none for them.
     """
     if channels not in (1, 3):
-        raise ValueError(f"the model takes images of {channels} channels; allowed: 1 or 3")
+        raise UserError(f"the model takes images of {channels} channels; allowed: 1 or 3")
     return {1: "L", 3: "RGB"}[channels]
 
 

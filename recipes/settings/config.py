@@ -61,7 +61,7 @@ class TrainConfig(
                 0,
                 math.inf,
                 "epochs probe_every warmup_epochs crop_pad color_jitter weight_decay momentum min_lr workers "
-                "jacobian_weight defer cutout mixup_alpha cutmix_alpha budget reweight_epoch",
+                "jacobian_weight defer skip_corrupt cutout mixup_alpha cutmix_alpha budget reweight_epoch",
             ),
             (
                 1,
@@ -92,6 +92,8 @@ class TrainConfig(
         rising = all(a < b for a, b in zip([0, *self.correction_at], self.correction_at, strict=False))
         check(rising, "correction_at", self.correction_at, "increasing numbers of 1 or more")
         check(0 <= self.val_fraction < 1, "val_fraction", self.val_fraction, "0 or more, below 1")
+        carved = self.test_fraction
+        check(carved is None or 0 < carved < 1, "test_fraction", carved, "above 0, below 1")
         check(
             "num_classes" not in self.model_args, "model_args", self.model_args, "no num_classes, which the data gives"
         )

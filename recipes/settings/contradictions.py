@@ -116,7 +116,7 @@ def _check_stage(config: Any) -> None:
 
 
 def _check_schedule(config: Any) -> None:
-    if config.select == "best" and config.manifest is None:
+    if config.select == "best" and config.manifest is None and config.val_split is None:
         check(config.val_fraction > 0, "val_fraction", config.val_fraction, "above 0 with --select best")
     warmup, most = config.warmup_epochs, config.epochs
     check(not most or warmup <= most, "warmup_epochs", warmup, f"0 to {most}, the epochs")

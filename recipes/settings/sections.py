@@ -75,10 +75,16 @@ class DataSettings:
     """split to train on"""
     test_split: str = "test"
     """split to test on, once, at the end"""
+    test_fraction: float | None = None
+    """part of every class of the train split kept for testing, of a data set without a test split"""
+    val_split: str | None = None
+    """split to validate on; if not given, val_fraction of the train split"""
     image_column: str | None = None
     """column of the images; found by its type if not given"""
     label_column: str | None = None
-    """column of the classes; found by its type if not given"""
+    """column of the classes, or FIELD.OF.RECORDS; the one called label, or the only one that can be it, if not given"""
+    skip_corrupt: int = 0
+    """images that may be left out, and are listed, because they cannot be decoded; one more ends the run"""
     val_fraction: float = 0.1
     """part of every class of the train split kept for validation, before the imbalance is made; 0 for none"""
 

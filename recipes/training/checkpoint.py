@@ -78,6 +78,19 @@ def load_run(folder: Path, model_args: Mapping[str, Any] | None = None) -> Any:
     return net
 
 
+def saved_class_names(model: str) -> list[str] | None:
+    """Return the names of the classes of a model in the order of its outputs, where its folder or its repository of the
+    Hub stores them; None of other models."""
+    folder = fetch(model) if is_hub_name(model) else Path(model.removeprefix("local-dir:"))
+    for path in (folder / "checkpoint" / "config.json", folder / "config.json"):
+        try:
+            names = json.loads(path.read_text(encoding="utf-8")).get("label_names")
+        except (OSError, ValueError, AttributeError):  # what is wrong with it is told when the model is loaded
+            continue
+        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+    return None
+
+
 def read_config(folder: Path) -> TrainConfig:
     """Read the settings of a run that has saved a model.
 

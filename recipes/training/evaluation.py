@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from accelerate.utils import tqdm
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -71,7 +70,7 @@ def evaluate_budgets(
         What was found at each budget, in rising order, and the evaluation at the largest.
     """
     groups = {} if subject.manifest is None else subject.manifest.groups
-    loader = subject.loader(np.arange(len(subject.images.labels)))
+    loader = subject.loader(subject.usable(subject.rows))
     points, evaluation = [], None
     for budget in sorted(set(budgets or ())) or [None]:
         if layers:

@@ -8,21 +8,21 @@ compared.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from recipes.errors import UserError
+from recipes.errors import UserError, check
 from recipes.images.sources import ImageSplit
 from recipes.imbalance.profiles import PROFILES, Groups, groups_of, rank_classes
 from recipes.settings.config import TrainConfig
 from recipes.settings.hub_name import is_hub_name
 from recipes.training.download import fetch
 
-# One random stream per purpose and class, so that one choice never moves another.
-_VALIDATION, _SUBSET = 1, 2
+# One random stream per purpose and class, so that one choice never moves another. The third orders classes by size.
+_VALIDATION, _SUBSET, _TEST = 1, 2, 4
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class Manifest:
 
     `indices` and `validation` are sorted row numbers of the train split, `counts` the number of training images per
     class, `groups` the classes of each group (none for a balanced set), `fingerprint` the identity of the data set.
+    `class_names` is the label map: class k is what the data set calls by the k-th name. `test` are the rows of the
+    train split that form the test split, where the data set has none; `skipped` says which images could not be decoded.
+    What is None is left out of the file, as in those of earlier versions.
     """
 
     profile: str
@@ -41,15 +44,22 @@ class Manifest:
     groups: Groups
     indices: list[int]
     validation: list[int]
+    class_names: list[str] | None = None
+    test: list[int] | None = None
+    skipped: list[str] | None = None
+
+    @property
+    def _content(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def sha256(self) -> str:
         """Hash of everything the manifest says, independent of the spelling of the file."""
-        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(self._content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> str:
-        return json.dumps({**asdict(self), "sha256": self.sha256})
+        return json.dumps({**self._content, "sha256": self.sha256})
 
     @classmethod
     def load(cls, path: str | Path) -> "Manifest":
@@ -66,7 +76,8 @@ class Manifest:
         except ValueError as error:  # not JSON, or not even text
             raise UserError(f"{name} is not JSON: {error}; allowed: a manifest.json of a run") from None
         keys = [*(field.name for field in fields(cls)), "sha256"]
-        if not isinstance(content, dict) or content.keys() != set(keys):
+        needed = {field.name for field in fields(cls) if field.default is MISSING} | {"sha256"}
+        if not isinstance(content, dict) or not needed <= content.keys() <= set(keys):
             found = ", ".join(sorted(content)) if isinstance(content, dict) else type(content).__name__
             raise UserError(f"{name} holds {found or 'nothing'}; allowed: {', '.join(keys)}")
         expected = content.pop("sha256")
@@ -91,9 +102,11 @@ class Manifest:
         """
         if fingerprint is not None and fingerprint != self.fingerprint:
             raise UserError(f"the manifest is of data set {self.fingerprint}; allowed: {fingerprint}, this one")
-        listed = np.sort(np.array([*self.indices, *self.validation], dtype=np.int64))
+        listed = np.sort(np.array([*self.indices, *self.validation, *(self.test or ())], dtype=np.int64))
         if (twice := listed[1:][listed[1:] == listed[:-1]]).size:
-            raise UserError(f"the manifest lists image {twice[0]} twice; allowed: once, to train or to validate on")
+            raise UserError(
+                f"the manifest lists image {twice[0]} twice; allowed: once, to train, to validate or to test on"
+            )
         if num_images is None:
             num_images = None if labels is None else len(labels)
         if num_images is not None and listed.size and not 0 <= listed[0] <= listed[-1] < num_images:
@@ -109,9 +122,40 @@ class Manifest:
             if said != found:
                 raise UserError(f"the manifest counts {said} images of class {k}; allowed: {found}, by their labels")
 
+    def without(
+        self, skipped: Mapping[str, Mapping[int, str]], rows: Mapping[str, tuple[ImageSplit, np.ndarray]]
+    ) -> "Manifest":
+        """The manifest less images that cannot be decoded, with the reasons.
+
+        Args:
+            skipped: of 'train', 'val' and 'test', what is wrong with an image, by its row.
+            rows: of the same, the split of the data set and its rows that are left.
+
+        Raises:
+            UserError: a class is left without a training image.
+        """
+        split, indices = rows["train"]
+        counts = np.bincount(split.labels[indices], minlength=len(self.counts)).tolist()
+        for name, count in zip(split.class_names, counts, strict=True):
+            check(
+                count > 0, "skip_corrupt", sum(map(len, skipped.values())), f"1 or more images left of class {name!r}"
+            )
+        lost = [row for name, found in skipped.items() if rows[name][0] is split for row in found]
+        validation = [i for i in self.validation if i not in lost]
+        test = None if self.test is None else [i for i in self.test if i not in lost]
+        messages = [message for found in skipped.values() for message in found.values()]
+        chosen = {"indices": indices.tolist(), "validation": validation, "test": test}
+        return replace(self, **chosen, counts=counts, skipped=messages or None)
+
 
 def carve_validation(
-    labels: np.ndarray, num_classes: int, *, fraction: float, seed: int
+    labels: np.ndarray,
+    num_classes: int,
+    *,
+    fraction: float,
+    seed: int,
+    indices: np.ndarray | None = None,
+    stream: int = _VALIDATION,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split the images into training and validation, class by class.
 
@@ -120,19 +164,22 @@ def carve_validation(
     Args:
         labels: classes, (N,).
         fraction: part taken for validation, 0 <= fraction < 1; 0 takes none.
+        indices: the images to split, sorted; all if not given.
+        stream: of random numbers.
 
     Returns:
         Sorted indices of the training and of the validation images.
     """
+    indices = np.arange(len(labels)) if indices is None else indices
     if fraction == 0:
-        return np.arange(len(labels)), np.arange(0)
+        return indices, indices[:0]
     taken = []
     for k in range(num_classes):
-        members = np.flatnonzero(labels == k)
+        members = indices[labels[indices] == k]
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        taken.append(np.random.default_rng((seed, _VALIDATION, k)).permutation(members)[: max(count, 0)])
+        taken.append(np.random.default_rng((seed, stream, k)).permutation(members)[: max(count, 0)])
     validation = np.sort(np.concatenate(taken))
-    return np.setdiff1d(np.arange(len(labels)), validation), validation
+    return np.setdiff1d(indices, validation), validation
 
 
 def subsample(labels: np.ndarray, indices: np.ndarray, counts: np.ndarray, *, seed: int) -> np.ndarray:
@@ -166,8 +213,9 @@ def build_manifest(
     fingerprint: str,
     grouping: str | None = None,
     bounds: tuple[float, float] | None = None,
+    test_fraction: float | None = None,
 ) -> Manifest:
-    """Carve the validation images, then apply an imbalance profile to what is left.
+    """Carve the test images if asked to, then those of validation, then apply an imbalance profile to what is left.
 
     Args:
         labels: classes of the train split, (N,), each in 0..K-1.
@@ -182,7 +230,8 @@ def build_manifest(
     if profile not in PROFILES:
         raise UserError(f"profile is {profile!r}; allowed: {', '.join(PROFILES)}")
     num_classes = len(class_names)
-    pool, validation = carve_validation(labels, num_classes, fraction=val_fraction, seed=seed)
+    kept, test = carve_validation(labels, num_classes, fraction=test_fraction or 0, seed=seed, stream=_TEST)
+    pool, validation = carve_validation(labels, num_classes, fraction=val_fraction, seed=seed, indices=kept)
     sizes = np.bincount(labels[pool], minlength=num_classes)
     if not sizes.all():
         k = int(np.argmin(sizes))
@@ -202,6 +251,8 @@ def build_manifest(
         groups=groups if grouping is None else groups_of(counts, grouping, bounds),
         indices=subsample(labels, pool, counts, seed=seed).tolist(),
         validation=validation.tolist(),
+        class_names=list(class_names),
+        test=test.tolist() if test_fraction else None,
     )
 
 
@@ -218,6 +269,11 @@ def choose_images(config: TrainConfig, split: ImageSplit) -> Manifest:
             path = fetch(config.manifest, ("manifest.json",), (), setting="manifest") / "manifest.json"
         manifest = Manifest.load(path)
         manifest.check(fingerprint=split.fingerprint, labels=split.labels)
+        fraction, carved = config.test_fraction, len(manifest.test or ())
+        allowed = f"given or not as in the manifest, which has {carved} test images of the train split"
+        check((fraction is None) == (carved == 0), "test_fraction", fraction, allowed)
+        own = f"not given with a manifest that has {len(manifest.validation)} validation images"
+        check(config.val_split is None or not manifest.validation, "val_split", config.val_split, own)
     else:
         manifest = build_manifest(
             split.labels,
@@ -226,8 +282,9 @@ def choose_images(config: TrainConfig, split: ImageSplit) -> Manifest:
             parameters=config.profile_parameters,
             fingerprint=split.fingerprint,
             bounds=None if config.bounds is None else (config.bounds[0], config.bounds[1]),
-            **config.only("val_fraction", "seed", "grouping"),
+            val_fraction=0.0 if config.val_split else config.val_fraction,
+            **config.only("seed", "grouping", "test_fraction"),
         )
-    if config.select == "best" and not manifest.validation:
+    if config.select == "best" and not manifest.validation and config.val_split is None:
         raise UserError("select is 'best' without a validation image; allowed: 'last'")
     return manifest

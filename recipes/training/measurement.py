@@ -30,7 +30,7 @@ def measure_epoch(run: Run) -> None:
         record["train"] = accuracies(evaluation.confusion, run.images.manifest.groups)
         record["collapse"] = report.as_dict()
         run.postfix["NC1"] = f"{report.nc1:.3g}"
-    if run.images.manifest.validation:
+    if run.batches.sizes["val"]:
         evaluation = _evaluate(run, "val")
         record["solver"] = evaluation.solver
         record["val"] = accuracies(evaluation.confusion, run.images.manifest.groups)

@@ -30,13 +30,12 @@ def chosen_images(subject: Subject) -> np.ndarray:
         UserError: the data set is not the one that the run was trained on, though no other was named.
     """
     images, manifest, config = subject.images, subject.manifest, subject.config
-    everything = np.arange(len(images.labels))
-    if manifest is None or images.name != config.train_split:
-        return everything
+    if manifest is None or subject.split != config.train_split:
+        return subject.usable(subject.rows)
     if manifest.fingerprint == images.fingerprint:
-        return np.asarray(manifest.indices)
+        return subject.usable(np.asarray(manifest.indices))
     if "dataset" in subject.args:
-        return everything
+        return subject.usable(subject.rows)
     raise UserError(
         f"split {images.name!r} of data set {config.dataset!r} has changed since {subject.name!r} was trained on it; "
         "allowed: the same images, another split, or a dataset named by --dataset"
@@ -49,7 +48,8 @@ def chosen_groups(subject: Subject) -> Groups:
     Raises:
         UserError: flags that name no groups, or classes that are not there.
     """
-    args, groups = subject.args, {} if subject.manifest is None else subject.manifest.groups
+    args = subject.args
+    groups = {} if subject.manifest is None or subject.known is None else subject.manifest.groups
     if args.groups and args.majority:
         raise UserError(f"groups is {args.groups} beside majority {args.majority}; allowed: one of them")
     if args.majority:

@@ -15,7 +15,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from nc_probe import CollapseReport, NCProbe
-from recipes.errors import user_errors
+from recipes.errors import check, user_errors
 from recipes.settings.config import TrainConfig
 from recipes.training.batches import Batches, RunImages
 from recipes.training.hub import prepare_push
@@ -94,7 +94,7 @@ class Run:
 
 
 def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
-    """Build the parts of a run, refuse what does not fit, and only then make the run folder and decode images.
+    """Build the parts of a run, refuse what does not fit, decode images, and only then make the run folder.
 
     Raises:
         UserError: settings that do not fit together, the data set or the model.
@@ -105,6 +105,9 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
     start.check_images(images.manifest.sha256)
     set_seed(config.seed)
     network = Network(config, len(images.class_names), accelerator)
+    names = network.net.pretrained_cfg.get("label_names")
+    kept = config.stage is not None and isinstance(names, list | tuple)
+    check(not kept or [*names] == [*images.class_names], "model", config.model, "one with the classes of the data set")
     groups = {name: classes for name, classes in images.manifest.groups.items() if classes}
     probe = NCProbe(network.measured, groups=groups, class_counts=images.manifest.counts)
     batches = Batches(config, images, network.data_config, accelerator)
@@ -118,10 +121,13 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
 
     if accelerator.is_main_process:
         prepare_push(config, network.net.pretrained_cfg["architecture"])
+    accelerator.print("\n".join([*images.notes, f"pipeline         {batches.pipeline.describe()}"]))
+    batches.load(check=start.state is None)
+    if accelerator.is_main_process:
+        for sentence in images.shared():
+            print(f"warning          {sentence}")
         start.prepare(config, images.manifest.to_json())
     accelerator.wait_for_everyone()
-    accelerator.print(f"pipeline         {batches.pipeline.describe()}")
-    batches.load()
     set_seed(config.seed, device_specific=True)  # dropout differs between ranks
 
     parts = {"model": network.net, "average": network.average, "optimizer": optimizer, "criterion": criterion}

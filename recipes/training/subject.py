@@ -1,7 +1,7 @@
 """A trained model and the images that it is shown, for the commands that look at one."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,20 @@ from timm.data.model_config import resolve_input_data_config
 from torch.utils.data import DataLoader
 
 from recipes.errors import UserError, user_errors
-from recipes.images.sources import ImageSplit, load_splits, open_dataset
-from recipes.images.views import ImageView, eval_loader, eval_transform
+from recipes.images.labels import shorten
+from recipes.images.sources import CorruptImageError, ImageSplit, find_columns, load_split, open_dataset
+from recipes.images.views import ImageView, eval_loader, eval_transform, find_corrupt
 from recipes.settings.config import TrainConfig
 from recipes.settings.flags import IMAGE_FLAGS
-from recipes.training.checkpoint import create_model, load_run, read_config, to_json, whole_folder, write_text
+from recipes.training.checkpoint import (
+    create_model,
+    load_run,
+    read_config,
+    saved_class_names,
+    to_json,
+    whole_folder,
+    write_text,
+)
 from recipes.training.download import run_folder
 from recipes.training.manifest import Manifest
 
@@ -33,7 +42,8 @@ class Subject:
     Attributes:
         config: settings of the run, or the defaults, with the flags that are given.
         manifest, folder: of the run, which may come from the Hub; None for a model that is no run.
-        images: the split.
+        images: the split; its classes are numbered as the outputs of the model, where it stores their names.
+        rows: rows of it that make up the split that was asked for.
         net: after `load_model`: the model, on its device.
 
     Raises:
@@ -48,8 +58,10 @@ class Subject:
         self.config, self.manifest, self.folder = read_settings(args)
         self.split = split or self.config.train_split
         self.accelerator = Accelerator()
+        other = "dataset" in args and getattr(args, "no_classifier", False)  # whose classes the model need not know
+        self.known = None if other or self.manifest is None else saved_class_names(self.name)
         with self.accelerator.main_process_first(), user_errors():
-            self.images = open_split(self.config, self.split)
+            self.images, self.rows = open_split(self.config, self.split, self.manifest, self.known)
 
     @property
     def num_classes(self) -> int:
@@ -73,6 +85,8 @@ class Subject:
         net = open_model(self.config, self.folder, self.num_classes)
         if not classifier:
             net.reset_classifier(0)
+        elif self.known is None:
+            self._match_names(net.pretrained_cfg.get("label_names"), net.num_classes)
         hint = ", or --no-classifier" if "no_classifier" in self.args else ""
         if net.num_classes not in (0, self.num_classes) or (classifier and net.num_classes == 0):
             raise UserError(
@@ -81,6 +95,36 @@ class Subject:
             )
         self.net = net.to(self.accelerator.device).eval()
         return self.net
+
+    def _match_names(self, names: Any, outputs: int) -> None:
+        """Number the classes of the images as those of a model of the Hub or of timm, by their names if it has some.
+
+        Raises:
+            UserError: the model knows some of the names, and not others.
+        """
+        images = self.images
+        occurring = {images.class_names[k] for k in np.unique(images.labels)}
+        if isinstance(names, list | tuple) and len(names) == outputs and occurring & set(names):
+            self.images = images.renumbered(list(names), f"model {self.name!r}")
+        elif self.config.pretrained:
+            self.accelerator.print("note: the model does not store these names of classes, which are taken by number")
+
+    def usable(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of the split that can be decoded, where `skip_corrupt` allows others, which are listed.
+
+        Raises:
+            CorruptImageError: there are too many others.
+        """
+        most = self.config.skip_corrupt
+        if not most:
+            return rows
+        sharing = {"rank": self.accelerator.process_index, "world": self.accelerator.num_processes}
+        corrupt = find_corrupt(self.images, rows, workers=self.config.workers, most=most, **sharing)
+        if len(corrupt) > most:
+            raise CorruptImageError(f"skip_corrupt is {most}, and there are more: {'; '.join(corrupt.values())}")
+        for message in corrupt.values():
+            self.accelerator.print(f"skipped: {message}")
+        return np.setdiff1d(rows, [*corrupt])
 
     def loader(self, indices: np.ndarray) -> DataLoader:
         """Batches of this rank of some rows of the split, every image once over all ranks; needs the model."""
@@ -122,19 +166,38 @@ def open_model(config: TrainConfig, folder: Path | None, num_classes: int) -> An
     return create_model(config, None if config.pretrained else num_classes)
 
 
-def open_split(config: TrainConfig, name: str) -> ImageSplit:
-    """Open a split. Its classes are those of the train split, or its own where there is no train split.
+def open_split(
+    config: TrainConfig, name: str, manifest: Manifest | None = None, known: Sequence[str] | None = None
+) -> tuple[ImageSplit, np.ndarray]:
+    """Open a split, of which the rows are those that a run has taken from its train split, or all.
+
+    Args:
+        manifest: of the run, if the model is one.
+        known: names of the classes of the model; if not given, the classes are those of the train split, or those of
+            the split itself where there is no train split.
 
     Raises:
         UserError: there is no such data set, split or column, or the classes do not fit.
     """
     splits = open_dataset(config.dataset, config.dataset_config, config.dataset_revision)
-    if name not in splits:
-        raise UserError(f"split {name!r} is not in the data set; allowed: {', '.join(map(repr, splits))}")
-    # Two names, because the train split itself may be the one to look at.
-    pair = {"classes": splits.get(config.train_split, splits[name]), name: splits[name]}
-    columns = config.only("image_column", "label_column")
-    return load_splits(pair, train_split="classes", test_split=name, **columns)[1]
+    columns: dict[str, Any] = config.only("image_column", "label_column")
+    carved = name == config.test_split and manifest is not None and manifest.test is not None and name not in splits
+    source = config.train_split if carved else name
+    if source not in splits:
+        raise UserError(f"split {source!r} is not in the data set; allowed: {shorten([*splits])}")
+    reference = config.train_split if config.train_split in splits else source
+    columns = dict(zip(columns, find_columns(splits, reference, **columns), strict=True))
+    if known is None and reference != source:
+        known = load_split(splits, reference, declared=True, **columns).class_names
+    images = load_split(splits, source, class_names=known, whose=f"model {config.model!r}", declared=True, **columns)
+    if not carved or manifest is None:
+        return images, np.arange(len(images.labels))
+    if manifest.fingerprint != images.fingerprint:
+        raise UserError(
+            f"split {source!r} of data set {config.dataset!r} is not what {name!r} was taken from; allowed: the same "
+            "images, or a split that is there"
+        )
+    return images, np.array(manifest.test, dtype=np.int64)
 
 
 def save_results(folder: Path, name: str, results: Mapping[str, Any], figures: Mapping[str, Figure]) -> None:

@@ -244,11 +244,14 @@ def test_anytime_figure_shows_accuracy_against_budgets():
         ("resnet8", "model 'resnet8' is unknown (did you mean "),
         ("local-dir:nothing", "Config file not found: nothing/config.json"),
         ("test_resnet --split validation", "split 'validation' is not in the data set; allowed: 'train', 'test'"),
-        ("test_resnet --label_column digit", "label_column 'digit' is not in the data set; columns: 'image', 'label'"),
+        ("test_resnet --label_column digit", "label_column 'digit' is not in split 'train'; columns: 'image', 'label'"),
         ("test_resnet --dataset ./nothing", "dataset './nothing' is not a folder"),
         ("test_resnet --eval_batch_size 0", "eval_batch_size is 0; allowed: 1 or more"),
         ("recipes", "model 'recipes' has no config.yaml; allowed: a folder in which recipes/train.py has run"),
-        ("{run} --dataset digits", "knows 5 classes; allowed: a model of 10, as data set 'digits' has"),
+        (
+            "{run} --dataset digits",
+            "'9' in 596 of 596 images; allowed: those of model",
+        ),
         ("test_resnet --output {run}", "exists; allowed: a folder that does not"),
     ],
 )
