@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nc_probe.labels import label
 from nc_probe.measures.geometry import simplex_etf_cosine
 from nc_probe.measures.pairwise import TILE, unit
 from nc_probe.report import CollapseReport
@@ -77,7 +78,7 @@ def plot_grams(
     total = max(classes) + 1
     if class_names is not None and len(class_names) < total:
         raise ValueError(f"class_names must name {total} classes, got {len(class_names)}")
-    names = [str(k) if class_names is None else class_names[k] for k in classes]
+    names = [str(k) if class_names is None else label(class_names[k], most=16, instead=str(k)) for k in classes]
 
     rows = torch.tensor([position[k] for k in classes])
     panels = [("class means (centred)", gram[rows][:, rows])]
@@ -90,9 +91,9 @@ def plot_grams(
 
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     colors = ScalarMappable(Normalize(-1, 1), "RdBu_r")
-    for ax, (label, gram) in zip(axes, panels, strict=True):
+    for ax, (panel, gram) in zip(axes, panels, strict=True):
         ax.imshow(gram.numpy(), cmap=colors.cmap, norm=colors.norm, interpolation="nearest")
-        ax.set_title(label, fontsize=11, pad=20 if spans else 6)
+        ax.set_title(panel, fontsize=11, pad=20 if spans else 6)
         _annotate(ax, gram, spans)
         _name_axes(ax, names, left=ax is axes[0])
         if order == "frequency":
@@ -102,6 +103,7 @@ def plot_grams(
         ideal = simplex_etf_cosine(report.num_classes)
         bar.ax.axhline(ideal, color="black", linewidth=1.5)
         bar.ax.text(-0.15, ideal, "ETF", ha="right", va="center", fontsize=8, transform=bar.ax.get_yaxis_transform())
+    figure.draw_without_rendering()  # the layout knows how large squares come out at its second pass alone
     return figure
 
 
@@ -178,14 +180,14 @@ def plot_angles(report: CollapseReport, *, title: str | None = None) -> Figure:
 
     classes = torch.tensor(report.classes)
     members = [torch.isin(classes, torch.tensor(group.classes)) for group in report.groups.values()]
-    labels = [*(f"within {name}" for name in report.groups), "other pairs" if members else "all pairs"]
+    labels = [*(f"within {label(name)}" for name in report.groups), "other pairs" if members else "all pairs"]
     counts = [_count_angles(rows, members) for _, rows in panels]
     etf = math.degrees(math.acos(simplex_etf_cosine(report.num_classes)))
     seen = STEP * torch.stack(counts).sum((0, 1)).nonzero()[:, 0]
     low, high = (min(float(seen.min()), etf), max(float(seen.max()), etf)) if len(seen) else (etf, etf)
     width = next((w for w in WIDTHS if high - low <= w * MAX_BARS), WIDTHS[-1])
     edges = torch.arange(0, 180 + width, width).numpy()
-    for ax, (label, _), count in zip(axes, panels, counts, strict=True):
+    for ax, (panel, _), count in zip(axes, panels, counts, strict=True):
         bars = count.view(len(count), -1, int(width / STEP)).sum(2)
         for name, bar, color in zip(labels, bars, [*_colors(members), "black"], strict=True):
             pairs = int(bar.sum())
@@ -194,7 +196,7 @@ def plot_angles(report: CollapseReport, *, title: str | None = None) -> Figure:
                 ax.stairs((100 * bar / pairs).numpy(), edges, label=text, color=color, fill=True, alpha=0.35)
                 ax.stairs((100 * bar / pairs).numpy(), edges, color=color, linewidth=1)
         ax.axvline(etf, color="black", linestyle="--", linewidth=1.2, label=f"simplex ETF: {etf:.1f}°")
-        _finish(ax, label, "angle, degrees")
+        _finish(ax, panel, "angle, degrees")
     axes[0].set_xlim(max(low - 2 * width, 0), min(high + 3 * width, 180))
     axes[0].set_yticks([tick for tick in axes[0].get_yticks() if tick <= 100])
     axes[0].set_ylim(0, 1.45 * axes[0].get_ylim()[1])  # room for the legends
@@ -211,7 +213,7 @@ def _figure(width: float, height: float, title: str | None) -> Figure:
         raise ImportError("nc_probe.plots needs matplotlib: pip install 'timm-deq[recipes]'") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     if title:
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(label(title, most=90), fontsize=12)
     return figure
 
 
@@ -222,19 +224,20 @@ def _colors(groups: Sequence[Any] | Mapping[str, Any]) -> list[str]:
 def _curves(rows: Mapping[str, Sequence[tuple[str, CollapseReport]]], title: str | None) -> Figure:
     """A row of panels for each sequence of named reports, under what its places are."""
     figure = _figure(11, 3.6 * len(rows), title)
-    for panels, (label, places) in zip(figure.subplots(len(rows), 3, squeeze=False), rows.items(), strict=True):
+    for panels, (kind, places) in zip(figure.subplots(len(rows), 3, squeeze=False), rows.items(), strict=True):
         groups = places[-1][1].groups
         for ax, (measure, key) in zip(panels, CURVES, strict=True):
             for name, color in zip((None, *groups), ("black", *_colors(groups)), strict=True):
                 values = [getattr(r if name is None else r.groups[name], key) for _, r in places]
                 values = [value if math.isfinite(value) else math.nan for value in values]
-                ax.plot(range(len(places)), values, color=color, label=name or "all", marker="o", markersize=3.5)
-            _finish(ax, measure, label)
+                shown = label(name) if name else "all"
+                ax.plot(range(len(places)), values, color=color, label=shown, marker="o", markersize=3.5)
+            _finish(ax, measure, label(kind, most=40))
             _scale(ax)
             # The last place is always named, and none so near before it that their names would meet.
             step = math.ceil(len(places) / MAX_TICKS)
             ticks = [*range(0, len(places) - step, step), len(places) - 1]
-            names = [places[i][0] for i in ticks]
+            names = [label(places[i][0]) for i in ticks]
             ax.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 3 else 0)
         if groups:
             panels[0].legend(frameon=False, fontsize=8.5)
@@ -301,7 +304,8 @@ def _annotate(ax: Axes, gram: torch.Tensor, spans: list[tuple[str, int]]) -> Non
     m = len(gram)
     ends = [start for _, start in spans[1:]] + [m]
     for (name, start), end in zip(spans, ends, strict=True) if spans else ():
-        ax.text((start + end - 1) / 2, -0.5 - 0.015 * m, name, ha="center", va="bottom", fontsize=9, color="0.3")
+        above = {"ha": "center", "va": "bottom", "fontsize": 9, "color": "0.3"}
+        ax.text((start + end - 1) / 2, -0.5 - 0.015 * m, label(name, most=16), **above)
         if start:
             ax.axhline(start - 0.5, color="black", linewidth=1.2)
             ax.axvline(start - 0.5, color="black", linewidth=1.2)

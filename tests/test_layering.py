@@ -66,7 +66,8 @@ NC_PROBE_FLOORS = {
     "hooks": {"moments"},
     "measures": {"moments"},
     "report": {"moments", "measures"},
-    "plots": {"measures", "report"},
+    "labels": set(),
+    "plots": {"labels", "measures", "report"},
     "pass_sums": {"moments", "hooks", "measures", "report"},
     "probe": {"moments", "hooks", "measures", "report", "pass_sums"},
 }
