@@ -1,21 +1,21 @@
 """Pictures of a run. They are drawn on figures of their own; pyplot and its global state are left alone."""
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from nc_probe import CollapseReport
+from nc_probe.labels import label
 from nc_probe.plots import plot_grams
 from recipes.results.calibration import calibration_error
 from timm_deq import SolveLog, Status
@@ -28,8 +28,29 @@ _STYLE: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
 _FLOOR = 1e-16  # where a residual of 0 is drawn on a logarithmic axis
 
 
-def save_figures(
-    folder: Path,
+Drawing = Callable[[], Figure]
+"""A figure yet to be drawn."""
+
+
+def save_figures(folder: Path, figures: Mapping[str, Drawing]) -> None:
+    """Draw figures, by name, into a folder, each as NAME.png, complete or absent.
+
+    One that fails is left out with a warning, as the numbers that it shows are on the disk before.
+    """
+    for name, draw in figures.items():
+        path, draft = folder / f"{name}.png", folder / f".{name}.png.draft"
+        try:
+            folder.mkdir(exist_ok=True)
+            draw().savefig(draft, format="png", dpi=150)
+            os.replace(draft, path)
+        except Exception as error:
+            if sys.flags.dev_mode:
+                raise
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"warning: {path} is not drawn: {message}", file=sys.stderr)
+
+
+def run_figures(
     records: Sequence[dict[str, Any]],
     report: CollapseReport,
     log: SolveLog,
@@ -37,18 +58,31 @@ def save_figures(
     tol: float | None,
     class_names: Sequence[str],
     title: str,
-) -> None:
-    """Write the pictures of a run into a folder: training.png, gram.png and, for a model that solves, residual.png and
-    steps.png."""
-    folder.mkdir(exist_ok=True)
-    training_figure(records, title=title).savefig(folder / "training.png", dpi=150)
-    gram = plot_grams(report, class_names=class_names, title=f"{title}: cosines between classes")
-    gram.savefig(folder / "gram.png", dpi=150)
+    anytime: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Drawing]:
+    """Figures of a run, by name, yet to be drawn: training, gram and, for a model that solves, residual and steps.
+
+    Args:
+        records: lines of metrics.jsonl.
+        report: of the training images.
+        log: of the solves of the test images.
+        tol: residual at which the solver stops.
+        class_names: K names.
+        title: the run in words.
+        anytime: points for `anytime_figure`; none for no such figure.
+    """
+    found: dict[str, Drawing] = {
+        "training": partial(training_figure, records, title=title),
+        "gram": partial(plot_grams, report, class_names=class_names, title=f"{title}: cosines between classes"),
+    }
     if len(log):
-        residuals = residual_figure(log.trace.numpy(), tol=tol, title=f"{title}: residual on test images")
-        residuals.savefig(folder / "residual.png", dpi=150)
-        steps = convergence_figure(log, title=f"{title}: solves of test images")
-        steps.savefig(folder / "steps.png", dpi=150)
+        found["residual"] = partial(
+            residual_figure, log.trace.numpy(), tol=tol, title=f"{title}: residual on test images"
+        )
+        found["steps"] = partial(convergence_figure, log, title=f"{title}: solves of test images")
+    if anytime:
+        found["anytime"] = partial(anytime_figure, anytime, title=title)
+    return found
 
 
 def training_figure(records: Sequence[dict[str, Any]], *, title: str) -> Figure:
@@ -60,7 +94,7 @@ def training_figure(records: Sequence[dict[str, Any]], *, title: str) -> Figure:
         title: above all.
     """
     figure = Figure(figsize=(10, 6.8), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(label(title, most=90), fontsize=13)
     panels = figure.subplots(2, 2, sharex=True).flat
     _accuracy_panel(panels[0], records)
     _collapse_panel(panels[1], records, "nc1", "NC1: spread within classes, relative to between")
@@ -89,7 +123,7 @@ def _accuracy_panel(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
                 linestyle=dashes,
                 marker=marker,
                 markersize=3,
-                label=f"{group}, {split}",
+                label=f"{label(group)}, {split}",
             )
     _finish(axes, "Accuracy on validation and training images", "%")
     axes.set_ylim(top=102)
@@ -101,7 +135,7 @@ def _collapse_panel(axes: Axes, records: Sequence[dict[str, Any]], key: str, tit
     for group in ["overall", *(measured[0]["collapse"]["groups"] if measured else ())]:
         reports = [r["collapse"] if group == "overall" else r["collapse"]["groups"][group] for r in measured]
         values = [math.nan if report[key] is None else report[key] for report in reports]
-        axes.plot(epochs, values, color=COLORS.get(group), label=group, **_STYLE)
+        axes.plot(epochs, values, color=COLORS.get(group), label=label(group), **_STYLE)
     _finish(axes, title, "")
 
 
@@ -135,7 +169,7 @@ def convergence_figure(log: SolveLog, *, title: str) -> Figure:
         title: above all.
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(label(title, most=90), fontsize=13)
     left, right = figure.subplots(1, 2)
     solves = {"forward": (log.steps, log.residual, log.status, COLORS["majority"])}
     if len(log.backward_steps):
@@ -146,10 +180,13 @@ def convergence_figure(log: SolveLog, *, title: str) -> Figure:
     low, high = (math.floor(known.min()), math.floor(known.max()) + 1) if len(known) else (-3, 0)
     bins = np.logspace(low, high, 10 * (high - low) + 1)  # ten a decade
     for name, (steps, _, status, color) in solves.items():
-        bars: dict[str, Any] = {"color": color, "alpha": 0.6}
-        left.hist(steps.numpy(), np.arange(0.5, longest + 1), label=f"{name}, mean {steps.double().mean():.1f}", **bars)
+        counts, edges = np.histogram(steps.numpy(), np.arange(0.5, longest + 1))
+        # Outlines, as forward and backward solves lie over one another.
+        left.stairs(counts, edges, color=color, linewidth=1.8, label=f"{name}, mean {steps.double().mean():.1f}")
         share = (status == Status.CONVERGED).double().mean()
-        right.hist(finite[name].numpy(), bins.tolist(), label=f"{name}, {share:.1%} of {len(status)} converged", **bars)
+        counts, edges = np.histogram(finite[name].numpy(), bins)
+        ended = f"{name}, {share:.1%} of {len(status)} converged"
+        right.stairs(counts, edges, color=color, linewidth=1.8, label=ended)
     left.margins(y=0.25)  # room for the legends
     right.margins(y=0.25)
     left.set_xlabel("evaluations of f")
@@ -172,46 +209,12 @@ def anytime_figure(points: Sequence[Mapping[str, Any]], *, title: str) -> Figure
     budgets = [point["max_steps"] for point in points]
     for group in points[0]["accuracy"]:
         values = [100 * point["accuracy"][group] for point in points]
-        axes.plot(budgets, values, color=COLORS.get(group), label=group, **_STYLE)
+        axes.plot(budgets, values, color=COLORS.get(group), label=label(group), **_STYLE)
     _finish(axes, title, "accuracy, %")
     axes.set_xscale("log", base=2)
     axes.set_xticks(budgets, labels=[str(budget) for budget in budgets])
     axes.set_xlabel("evaluations of f, at most")
     axes.set_ylim(0, 102)
-    return figure
-
-
-def confusion_figure(confusion: np.ndarray, class_names: Sequence[str], *, title: str) -> Figure:
-    """How the images of each class are classified, in % of the class.
-
-    Args:
-        confusion: counts [class, prediction], (K, K); a class without images has an empty row.
-        class_names: K names, which stand at the axes up to K = 25; beyond, class numbers do here and there.
-        title: above the picture.
-    """
-    total = confusion.sum(1, keepdims=True)
-    share = np.divide(100 * confusion, total, out=np.full(confusion.shape, np.nan), where=total > 0)
-    K = len(confusion)
-    size = float(np.clip(0.55 * K, 5, 9))
-    figure = Figure(figsize=(size + 1.2, size), layout="constrained")
-    axes = figure.subplots()
-    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
-    figure.colorbar(picture, ax=axes, label="% of the class", shrink=0.8)
-    if K <= 25:
-        names = [name if len(name) <= 12 else f"{name[:11]}…" for name in class_names]
-        axes.set_xticks(range(K), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=9)
-        axes.set_yticks(range(K), names, fontsize=9)
-    else:
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(10, integer=True))
-    if K <= 15:
-        for i, j in np.ndindex(K, K):
-            if confusion[i, j]:
-                color = "white" if share[i, j] > 50 else "black"
-                axes.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set_xlabel("prediction")
-    axes.set_ylabel("class")
-    axes.set_title(title, fontsize=10.5, loc="left")
     return figure
 
 
@@ -244,84 +247,18 @@ def reliability_figure(bins: np.ndarray, *, title: str) -> Figure:
     return figure
 
 
-def _finish(axes: Axes, title: str, label: str) -> None:
-    axes.set_title(title, fontsize=10.5, loc="left")
-    axes.set_ylabel(label)
+def head(axes: Axes, title: str) -> None:
+    """Put a title above a panel, no longer than the figure is wide."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    axes.set_title(label(title, most=int(12 * (figure.get_figwidth() - 1))), fontsize=10.5, loc="left")
+
+
+def _finish(axes: Axes, title: str, unit: str) -> None:
+    head(axes, title)
+    axes.set_ylabel(unit)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def sample_evenly(labels: np.ndarray, limit: int, *, seed: int) -> np.ndarray:
-    """Choose about as many samples of every class: the most that makes no more than `limit` of all.
-
-    Args:
-        labels: classes, (N,).
-
-    Returns:
-        Sorted indices of at most `limit` samples; a class with too few gives all that it has.
-    """
-    _, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    most = next((n for n in range(limit, 1, -1) if np.minimum(counts, n).sum() <= limit), 1)
-    generator = np.random.default_rng(seed)
-    chosen = [generator.permutation(np.flatnonzero(labels == k))[:most] for k in range(len(counts))]
-    return np.sort(generator.permutation(np.concatenate(chosen))[:limit])
-
-
-def tsne_figure(
-    features: np.ndarray,
-    labels: np.ndarray,
-    *,
-    groups: Mapping[str, Sequence[int]],
-    class_names: Sequence[str],
-    seed: int,
-    title: str,
-) -> Figure:
-    """Features in the plane by t-SNE: a colour for each class, a marker for each group.
-
-    Source: van der Maaten & Hinton, "Visualizing data using t-SNE", JMLR 9, 2008. Neighbours are kept, distances are
-    not.
-
-    Args:
-        features: (N, d), N of 4 or more.
-        labels: classes, (N,).
-        groups: classes of each group; may be none.
-        class_names: names of the K classes. Up to 20 classes have theirs at the sample next to their median; of more a
-            colour bar tells the numbers.
-        seed: of the embedding, which starts from the two principal components.
-        title: above the picture.
-    """
-    from sklearn.manifold import TSNE  # takes a second to import, and the other pictures do not need it
-
-    # The two components exist if the features vary in two directions.
-    plane = np.linalg.matrix_rank(features - features.mean(0)) > 1
-    perplexity = min(30, (len(features) - 1) / 3)
-    embedding = TSNE(perplexity=perplexity, init="pca" if plane else "random", random_state=seed, n_jobs=1)
-    points = embedding.fit_transform(features)
-    figure = Figure(figsize=(7.6, 7), layout="constrained")
-    axes = figure.subplots()
-    classes = np.unique(labels)
-    shades = ScalarMappable(Normalize(0, max(len(class_names) - 1, 1)), "turbo")
-    colors = _CLASS_COLORS if len(classes) <= len(_CLASS_COLORS) else shades.to_rgba(classes)
-    marker = dict(zip(groups, itertools.cycle("o^sDvP")))
-    for k, color in zip(classes, colors, strict=False):
-        shape = next((marker[name] for name, members in groups.items() if k in members), "x" if groups else "o")
-        axes.scatter(*points[labels == k].T, color=color, marker=shape, s=14, alpha=0.75, linewidths=0.4)
-    if len(classes) <= 20:
-        for k in classes:
-            own = points[labels == k]
-            x, y = own[np.square(own - np.median(own, axis=0)).sum(1).argmin()]
-            text = axes.text(x, y, class_names[int(k)], ha="center", va="center", fontsize=10, weight="bold")
-            text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-    else:
-        figure.colorbar(shades, ax=axes, label="class", shrink=0.8, aspect=40)
-    for name, shape in marker.items():
-        axes.scatter([], [], color="0.35", marker=shape, s=28, label=name)
-    axes.set_title(title, fontsize=10.5)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    if groups:
-        figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    return figure

@@ -6,14 +6,14 @@ from functools import partial
 from typing import Any
 
 from accelerate.utils import tqdm
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from recipes.errors import check, user_errors
 from recipes.imbalance.priors import adjust_logits
 from recipes.results.accuracy import Evaluation, accuracies, evaluate, recalls
 from recipes.results.calibration import calibration_errors
-from recipes.results.figures import anytime_figure, confusion_figure, reliability_figure
+from recipes.results.class_figures import confusion_figure
+from recipes.results.figures import Drawing, anytime_figure, reliability_figure
 from recipes.settings.contradictions import correction
 from recipes.training.subject import Subject
 from timm_deq import Equilibrium, set_solver
@@ -104,12 +104,13 @@ def table(points: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows))
 
 
-def figures(subject: Subject, points: Sequence[Mapping[str, Any]], evaluation: Evaluation) -> dict[str, Figure]:
-    """Figures of an evaluation, by name: one of all budgets, if there are any, and two of the largest."""
-    found = {
-        "confusion": confusion_figure(evaluation.confusion, subject.images.class_names, title=subject.title),
-        "reliability": reliability_figure(evaluation.bins, title=subject.title),
+def figures(subject: Subject, points: Sequence[Mapping[str, Any]], evaluation: Evaluation) -> dict[str, Drawing]:
+    """Figures of an evaluation, by name, yet to be drawn: two of the largest budget, one of all if there are any."""
+    names, title = subject.images.class_names, subject.title
+    found: dict[str, Drawing] = {
+        "confusion": partial(confusion_figure, evaluation.confusion, names, title=title),
+        "reliability": partial(reliability_figure, evaluation.bins, title=title),
     }
     if points[0]["max_steps"] is not None:
-        found["anytime"] = anytime_figure(points, title=subject.title)
+        found["anytime"] = partial(anytime_figure, points, title=title)
     return found

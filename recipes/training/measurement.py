@@ -10,7 +10,7 @@ from nc_probe import CollapseReport, NCProbe
 from recipes.errors import user_errors
 from recipes.results.accuracy import Evaluation, accuracies, evaluate, recalls
 from recipes.results.calibration import calibration_errors
-from recipes.results.figures import anytime_figure, save_figures
+from recipes.results.figures import run_figures, save_figures
 from recipes.training.checkpoint import append_line, save_checkpoint, to_json, write_text
 from recipes.training.outcome import environment, peak_memory, run_title, summary
 from recipes.training.run import Run
@@ -82,13 +82,11 @@ def run_test(run: Run) -> None:
     if run.accelerator.is_main_process:
         results = _results(run, evaluation, report, selected) | ({"anytime": anytime} if anytime else {})
         tol = next((m.solver.tol for m in run.network.measured.modules() if isinstance(m, Equilibrium)), None)
-        figures: dict[str, Any] = {"tol": tol, "class_names": run.images.class_names}
-        figures["title"] = run_title(run.config, run.images.manifest)
-        save_figures(run.folder / "figures", progress.records, report, evaluation.log, **figures)
-        if anytime:
-            anytime_figure(anytime, title=figures["title"]).savefig(run.folder / "figures" / "anytime.png", dpi=150)
+        settings: dict[str, Any] = {"tol": tol, "class_names": run.images.class_names, "anytime": anytime}
+        settings["title"] = run_title(run.config, run.images.manifest)
         write_text(run.folder / "results.json", to_json(results, indent=2))
         print(summary(results, run.folder))
+        save_figures(run.folder / "figures", run_figures(progress.records, report, evaluation.log, **settings))
 
 
 def _results(run: Run, evaluation: Evaluation, report: CollapseReport, selected: int) -> dict[str, Any]:

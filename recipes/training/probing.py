@@ -1,12 +1,12 @@
 """The neural collapse of a trained model on a split of images."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import tqdm
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -16,7 +16,8 @@ from recipes.errors import UserError, user_errors
 from recipes.images.views import ImageView
 from recipes.imbalance.profiles import Groups, two_group
 from recipes.results.accuracy import sum_over_ranks
-from recipes.results.figures import sample_evenly, tsne_figure
+from recipes.results.class_figures import sample_evenly, tsne_figure
+from recipes.results.figures import Drawing
 from recipes.training.subject import Subject
 
 # t-SNE of more samples takes minutes, and shows no more.
@@ -152,18 +153,19 @@ def sample_features(
 
 def figures(
     subject: Subject, report: CollapseReport, sample: tuple[np.ndarray, np.ndarray] | None, groups: Groups
-) -> dict[str, Figure]:
-    """Figures of what was measured, by name; none of what was not."""
+) -> dict[str, Drawing]:
+    """Figures of what was measured, by name, yet to be drawn; none of what was not."""
     order, title = "group" if groups else "frequency", subject.title
     names: Sequence[str] = subject.images.class_names
-    found = {"gram": plot_grams(report, order=order, class_names=names, title=f"{title}: cosines between classes")}
+    grams: dict[str, Any] = {"order": order, "class_names": names, "title": f"{title}: cosines between classes"}
+    found: dict[str, Drawing] = {"gram": partial(plot_grams, report, **grams)}
     if len(report.classes) > 1:
-        found["angles"] = plot_angles(report, title=f"{title}: angles between classes")
+        found["angles"] = partial(plot_angles, report, title=f"{title}: angles between classes")
     if report.layers:
-        found["depth"] = plot_depth(report, title=f"{title}: collapse against depth")
+        found["depth"] = partial(plot_depth, report, title=f"{title}: collapse against depth")
     if report.iterates:
-        found["iterates"] = plot_iterates(report, title=f"{title}: collapse as the solver goes on")
+        found["iterates"] = partial(plot_iterates, report, title=f"{title}: collapse as the solver goes on")
     if sample is not None and len(sample[0]) > 3:
         named: dict[str, Any] = {"groups": groups, "class_names": names, "seed": subject.config.seed}
-        found["tsne"] = tsne_figure(*sample, **named, title=f"{title}: t-SNE of {len(sample[0])} features")
+        found["tsne"] = partial(tsne_figure, *sample, **named, title=f"{title}: t-SNE of {len(sample[0])} features")
     return found

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from matplotlib.figure import Figure
 from timm.data.model_config import resolve_input_data_config
 from torch.utils.data import DataLoader
 
@@ -17,6 +16,7 @@ from recipes.errors import UserError, user_errors
 from recipes.images.labels import shorten
 from recipes.images.sources import CorruptImageError, ImageSplit, find_columns, load_split, open_dataset
 from recipes.images.views import ImageView, eval_loader, eval_transform, find_corrupt
+from recipes.results.figures import Drawing, save_figures
 from recipes.settings.config import TrainConfig
 from recipes.settings.flags import IMAGE_FLAGS
 from recipes.training.checkpoint import (
@@ -200,13 +200,12 @@ def open_split(
     return images, np.array(manifest.test, dtype=np.int64)
 
 
-def save_results(folder: Path, name: str, results: Mapping[str, Any], figures: Mapping[str, Figure]) -> None:
-    """Write results as JSON, and figures; the folder is complete or absent.
+def save_results(folder: Path, name: str, results: Mapping[str, Any], figures: Mapping[str, Drawing]) -> None:
+    """Write results as JSON into a folder, which is complete or absent, then draw figures beside them.
 
     Args:
         name: of the JSON file.
     """
     with whole_folder(folder) as draft:
         write_text(draft / name, to_json(results, indent=2))
-        for figure_name, figure in figures.items():
-            figure.savefig(draft / f"{figure_name}.png", dpi=150)
+    save_figures(folder, figures)

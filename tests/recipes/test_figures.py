@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from nc_probe import ClassMoments, measure
-from recipes.results.figures import convergence_figure, residual_figure, save_figures, training_figure
+from recipes.results.figures import convergence_figure, residual_figure, run_figures, save_figures, training_figure
 from timm_deq import Equilibrium, Picard, SolveLog
 
 GROUPS = ("majority", "minority")
@@ -78,11 +78,13 @@ def log_of(x, *, backward=False):
 
 def bars(axes):
     """Height and extent of every bar that shows, by legend entry."""
-    texts = [text.get_text() for text in axes.get_legend().get_texts()]
-    return {
-        text: [(p.get_height(), p.get_x(), p.get_x() + p.get_width()) for p in container if p.get_height()]
-        for text, container in zip(texts, axes.containers, strict=True)
-    }
+    found = {}
+    for patch in axes.patches:
+        heights, edges, _ = patch.get_data()
+        shown = zip(heights, edges[:-1], edges[1:], strict=True)
+        found[patch.get_label()] = [bar for bar in shown if bar[0]]
+    assert list(found) == [text.get_text() for text in axes.get_legend().get_texts()]
+    return found
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -117,7 +119,8 @@ def test_save_figures_writes_pictures_with_residuals_only_for_a_solver(tmp_path,
     moments.update(torch.randn(30, 4), torch.arange(30) % 3)
     report = measure(moments, torch.randn(3, 4), groups={"majority": [0], "minority": [1, 2]})
     log = log_of(torch.rand(samples, 1))
-    save_figures(tmp_path / "f", records(), report, log, tol=1e-3, class_names=("a", "b", "c"), title="t")
+    figures = run_figures(records(), report, log, tol=1e-3, class_names=("a", "b", "c"), title="t")
+    save_figures(tmp_path / "f", figures)
     names = {path.name for path in (tmp_path / "f").iterdir()}
     assert names == {"training.png", "gram.png"} | ({"residual.png", "steps.png"} if samples else set())
     for name in names:

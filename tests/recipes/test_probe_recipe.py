@@ -19,7 +19,7 @@ from timm.models import save_for_hf
 from recipes import train
 from recipes.images.sources import digits
 from recipes.probe import main
-from recipes.results.figures import sample_evenly, tsne_figure
+from recipes.results.class_figures import sample_evenly, tsne_figure
 from recipes.training import probing
 from recipes.training.probing import named_group
 from timm_deq import Equilibrium
