@@ -18,7 +18,6 @@ can be done before it begins. A mistake ends the run with one line; `python -X d
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from recipes.errors import exit_code
@@ -47,7 +46,7 @@ def train(config: "TrainConfig") -> None:
     from recipes.training.hub import push_finished
     from recipes.training.measurement import measure_epoch, run_test, save_epoch
     from recipes.training.resume import find_start
-    from recipes.training.run import conditions, prepare
+    from recipes.training.run import as_launched, conditions, prepare
     from recipes.training.sharding import start_accelerator
     from recipes.training.tracking import check_tracker
 
@@ -58,7 +57,7 @@ def train(config: "TrainConfig") -> None:
         project_dir=config.output,
         dynamo_backend="inductor" if config.compile else None,
     )
-    config = replace(config, gradient_accumulation_steps=accelerator.gradient_accumulation_steps)  # `launch` may set it
+    config = as_launched(config, accelerator)
     start = find_start(config, conditions(accelerator))
     if start.finished:
         accelerator.print(f"run folder       {start.folder} (had finished)")

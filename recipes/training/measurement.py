@@ -13,7 +13,7 @@ from recipes.results.calibration import calibration_errors
 from recipes.results.figures import run_figures, save_figures
 from recipes.training.checkpoint import append_line, save_checkpoint, to_json, write_text
 from recipes.training.outcome import environment, peak_memory, run_title, summary
-from recipes.training.run import Run
+from recipes.training.run import Run, chosen_settings
 from recipes.training.state import random_state_kept
 from recipes.training.tracking import scalars
 from timm_deq import Equilibrium
@@ -102,6 +102,7 @@ def _results(run: Run, evaluation: Evaluation, report: CollapseReport, selected:
         "selected": {"by": run.config.select, "epoch": selected},
         "images": run.batches.sizes,
         "draws_per_class": dict(zip(names, draws.tolist(), strict=True)),
+        "chosen": chosen_settings(run),
         "parameters": sum(p.numel() for p in run.network.net.parameters()),
         "seconds": time.perf_counter() - run.started,
         **environment(run.accelerator),

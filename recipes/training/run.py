@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DynamoBackend, set_seed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nc_probe import CollapseReport, NCProbe
 from recipes.errors import check, user_errors
 from recipes.settings.config import TrainConfig
+from recipes.settings.contradictions import SCALE
 from recipes.training.batches import Batches, RunImages
 from recipes.training.hub import prepare_push
 from recipes.training.integrity import file_hash
@@ -168,6 +169,30 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
         progress=progress,
         loss_sum=loss_sum,
     )
+
+
+def as_launched(config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
+    """Return the settings with what `accelerate launch` or its configuration file have set instead."""
+    compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    steps = accelerator.gradient_accumulation_steps
+    return replace(config, gradient_accumulation_steps=steps, compile=compiles)
+
+
+def chosen_settings(run: Run) -> dict[str, Any]:
+    """Return the settings that were left open, with the values that the run has used."""
+    config, split = run.config, run.images.rows["train"][0]
+    preprocessing, manifest = run.network.data_config, run.images.manifest
+    used = {name: preprocessing[name] for name in ("mean", "std", "interpolation", "crop_pct")}
+    used |= {"img_size": preprocessing["input_size"][-1], "imbalance": manifest.profile, **manifest.parameters}
+    used |= {"image_column": split.image_column, "label_column": split.label_column}
+    used["pipeline"] = "resident" if run.batches.pipeline.resident else "workers"
+    if config.classifier != "linear":
+        used["classifier_scale"] = SCALE
+    if run.batches.mix is not None:
+        used["mix_prob"] = run.batches.mix.prob
+    if config.sampler == "repeat_factor":
+        used["repeat_threshold"] = run.batches.sampler.threshold
+    return {name: value for name, value in used.items() if getattr(config, name, 0) in (None, "auto")}
 
 
 def conditions(accelerator: Accelerator) -> dict[str, Any]:

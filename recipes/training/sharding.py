@@ -16,16 +16,23 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from recipes.errors import UserError
+from recipes.errors import UserError, check, user_errors
 
 
 def start_accelerator(**settings: Any) -> Accelerator:
     """Create an Accelerator with these settings, and with FSDP2 wherever `accelerate launch --use_fsdp` asks for it.
 
     Raises:
-        UserError: FSDP1 is asked for, which has no shards to save by parameter.
+        UserError: a precision that the device does not have, two numbers of accumulation steps, or FSDP1, which has no
+            shards to save by parameter.
     """
-    accelerator = Accelerator(**settings)
+    with user_errors():
+        accelerator = Accelerator(**settings)
+    precision, device = accelerator.mixed_precision, accelerator.device.type
+    check(precision != "fp16" or accelerator.native_amp, "mixed_precision", precision, f"no or bf16 on {device}")
+    steps, wanted = accelerator.gradient_accumulation_steps, settings.get("gradient_accumulation_steps", 1)
+    given = f"{steps}, as `accelerate launch` has it, or 1"
+    check(wanted in (1, steps), "gradient_accumulation_steps", wanted, given)
     if accelerator.num_processes == 1 and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         print(
             "warning: this is one process: `accelerate launch --cpu` needs MPI for more. Without MPI: "

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.data.model_config import resolve_input_data_config
 from torch.utils.data import DataLoader
@@ -30,6 +29,7 @@ from recipes.training.checkpoint import (
 )
 from recipes.training.download import run_folder
 from recipes.training.manifest import Manifest
+from recipes.training.sharding import start_accelerator
 
 
 class Subject:
@@ -57,7 +57,7 @@ class Subject:
         self.args, self.name = args, args.model
         self.config, self.manifest, self.folder = read_settings(args)
         self.split = split or self.config.train_split
-        self.accelerator = Accelerator()
+        self.accelerator = start_accelerator()
         other = "dataset" in args and getattr(args, "no_classifier", False)  # whose classes the model need not know
         self.known = None if other or self.manifest is None else saved_class_names(self.name)
         with self.accelerator.main_process_first(), user_errors():

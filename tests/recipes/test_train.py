@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_hook
 
 from recipes.images.sources import digits
+from recipes.imbalance.losses import Loss
 from recipes.settings.config import parse
 from recipes.train import main
 from recipes.training.manifest import Manifest
@@ -110,6 +113,55 @@ def test_a_run_folder_holds_everything(run):
         *(f"states/{updates}/{name}" for updates in ("00000012", "00000024") for name in STATE),
     ]
     assert parse(["--config", str(folder / "config.yaml")]) == parse(["--output", str(folder), *DEFAULT])
+
+
+def test_the_settings_that_were_left_open_are_recorded(run):
+    chosen = json.loads((run[0] / "results.json").read_text())["chosen"]
+    cfg = timm.create_model("deq_resnet8_cifar").pretrained_cfg
+    assert chosen == {
+        **{name: list(value) if isinstance(value := cfg[name], tuple) else value for name in ("mean", "std")},
+        **{name: cfg[name] for name in ("interpolation", "crop_pct")},
+        **{"img_size": 32, "imbalance": "two_group", "majority": 3, "ratio": 10.0},
+        **{"image_column": "image", "label_column": "label", "pipeline": "resident"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("launched", "words", "message"),
+    [
+        ("MIXED_PRECISION=fp16", "", "mixed_precision is 'fp16'; allowed: no or bf16 on cpu"),
+        ("MIXED_PRECISION=fp8", "", "fp8"),
+        (
+            "GRADIENT_ACCUMULATION_STEPS=3",
+            "--gradient_accumulation_steps 2",
+            "gradient_accumulation_steps is 2; allowed: 3, as `accelerate launch` has it, or 1",
+        ),
+    ],
+)
+def test_what_the_launcher_asks_for_is_done_or_refused(tmp_path, capsys, monkeypatch, launched, words, message):
+    AcceleratorState._reset_state(True)
+    name, value = launched.split("=")
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert main(["--output", str(tmp_path / "x"), *SMALL, *words.split()]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    AcceleratorState._reset_state(True)
+
+
+def test_accumulation_that_the_launcher_sets_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    folder, passes = tmp_path / "x", []
+
+    def count(module, *_):
+        if isinstance(module, Loss):
+            passes.append(module)
+
+    handle = register_module_forward_hook(count)
+    assert main(["--output", str(folder), *SMALL, "--max_updates", "2"]) == 0
+    handle.remove()
+    assert len(passes) == 6
+    assert parse(["--config", str(folder / "config.yaml")]).gradient_accumulation_steps == 3
 
 
 def test_metrics_have_a_line_for_every_epoch_from_the_initial_model_on(run):
