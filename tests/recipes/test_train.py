@@ -377,7 +377,7 @@ def test_the_initial_model_is_measured_without_training(tmp_path):
         ("--opt fusedadam", "opt 'fusedadam' cannot be created with lr 0.1, weight_decay 0.0005, momentum 0.9: "),
         ("--momentum 0", "opt 'sgd' cannot be created with lr 0.1, weight_decay 0.0005, momentum 0: Nesterov"),
         ("--model_args.global_pool=", "with model_args {'global_pool': ''} fails on an image of 3 x 32 x 32: "),
-        ("--model_args.max_steps 2.5", "model 'deq_resnet8_cifar' with model_args {'max_steps': 2.5} "),
+        ("--model_args.max_steps 2.5", "cannot be built with model_args {'max_steps': 2.5}: max_steps must be an int"),
         ("--model_args.max_stps 5", "has no argument 'max_stps' (did you mean 'max_steps'?) in model_args"),
         ("--model test_vit --model_args.drop_rat 1", "has no argument 'drop_rat' (did you mean 'drop_rate'?)"),
         ("--model_args.norm_layer foo", "model 'deq_resnet8_cifar' cannot be built with model_args {'norm_layer': "),
