@@ -173,7 +173,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
 
 def as_launched(config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
     """Return the settings with what `accelerate launch` or its configuration file have set instead."""
-    compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    plugin: Any = accelerator.state.dynamo_plugin
+    compiles = plugin.backend != DynamoBackend.NO
     steps = accelerator.gradient_accumulation_steps
     return replace(config, gradient_accumulation_steps=steps, compile=compiles)
 
@@ -189,7 +190,7 @@ def chosen_settings(run: Run) -> dict[str, Any]:
     if config.classifier != "linear":
         used["classifier_scale"] = SCALE
     if run.batches.mix is not None:
-        used["mix_prob"] = run.batches.mix.prob
+        used["mix_prob"] = 1.0
     if config.sampler == "repeat_factor":
         used["repeat_threshold"] = run.batches.sampler.threshold
     return {name: value for name, value in used.items() if getattr(config, name, 0) in (None, "auto")}

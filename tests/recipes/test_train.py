@@ -126,6 +126,14 @@ def test_the_settings_that_were_left_open_are_recorded(run):
     }
 
 
+def test_open_settings_of_mixing_sampling_and_classifier_are_recorded(tmp_path):
+    words = "--mixup_alpha 0.2 --sampler repeat_factor --classifier cosine --max_updates 1 --pipeline workers".split()
+    assert main(["--output", str(tmp_path / "x"), *SMALL, *words]) == 0
+    chosen = json.loads((tmp_path / "x" / "results.json").read_text())["chosen"]
+    wanted = {"mix_prob": 1.0, "repeat_threshold": 0.1, "classifier_scale": 30.0}
+    assert {name: chosen[name] for name in wanted} == wanted and "pipeline" not in chosen
+
+
 @pytest.mark.parametrize(
     ("launched", "words", "message"),
     [
