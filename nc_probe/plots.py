@@ -16,6 +16,7 @@ from torch import Tensor
 from nc_probe.labels import label
 from nc_probe.measures.geometry import simplex_etf_cosine
 from nc_probe.measures.pairwise import TILE, unit
+from nc_probe.moments.precision import cpu_by_default
 from nc_probe.report import CollapseReport
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ MAX_TICKS = 12
 STEP, WIDTHS, MAX_BARS = 0.5, (1, 2, 5), 40
 
 
+@cpu_by_default()
 def plot_grams(
     report: CollapseReport,
     *,
@@ -153,6 +155,7 @@ def plot_iterates(report: CollapseReport, *, title: str | None = None) -> Figure
     return _curves(solves, title)
 
 
+@cpu_by_default()
 def plot_angles(report: CollapseReport, *, title: str | None = None) -> Figure:
     """Histograms of the angles of all pairs of centred class means, and of classifier rows, in degrees.
 

@@ -15,7 +15,8 @@ from nc_probe.measures.assembly import CENTERS, check_groups, finest_partition
 from nc_probe.measures.conventions import check_conventions
 from nc_probe.moments.cache import FeatureCache
 from nc_probe.moments.class_moments import ClassMoments
-from nc_probe.moments.validation import check_samples
+from nc_probe.moments.precision import cpu_by_default
+from nc_probe.moments.validation import as_tensor, check_samples
 from nc_probe.pass_sums import PassSums
 from nc_probe.report import CollapseReport
 
@@ -89,6 +90,7 @@ class NCProbe:
         ValueError: no linear classifier found, or a bad argument.
     """
 
+    @cpu_by_default()
     def __init__(
         self,
         model: nn.Module,
@@ -139,10 +141,12 @@ class NCProbe:
         self._registered: contextlib.ExitStack | None = None
         self.reset()
 
+    @cpu_by_default()
     def reset(self) -> Self:
         """Start a new pass: drop every sample, and any forward pass not yet used."""
         self._sums.reset()
         self.linear_error: float | None = None
+        self._compared = False
         self._output.clear()
         return self
 
@@ -172,11 +176,13 @@ class NCProbe:
         finally:
             self.__exit__()
 
-    def update(self, labels: Tensor, mask: Tensor | None = None) -> Self:
+    @cpu_by_default()
+    def update(self, labels: Tensor | Sequence[int], mask: Tensor | Sequence[bool] | None = None) -> Self:
         """Add the samples of the last forward pass; a batch that is refused adds nothing.
 
         Args:
-            labels: (B,) integers in 0..K-1. On the CPU they are checked at once, on an accelerator by `compute`.
+            labels: (B,) integers in 0..K-1: a tensor, a NumPy array or a list. On the CPU they are checked at once, on
+                an accelerator by `compute`.
             mask: (B,) bool, False for a sample that is not to be counted (a duplicate that pads the last batch).
 
         Raises:
@@ -186,11 +192,12 @@ class NCProbe:
         if self._registered is None:
             raise ValueError("update must be called inside `with NCProbe(model) as probe:`")
         try:
-            self._update(labels, mask)
+            self._update(as_tensor("labels", labels), None if mask is None else as_tensor("mask", mask))
         finally:
             self._output.clear()
         return self
 
+    @cpu_by_default()
     def compute(self, *, sync: bool = True) -> CollapseReport:
         """Make the report over all ranks, every one of which must call it: on rank 0 alone it would wait for ever.
 
@@ -213,6 +220,8 @@ class NCProbe:
         if self._registered is not None:
             raise ValueError("the probe is already attached: enter it once")
         self._output.clear()
+        if self.head is not None:
+            self.head.check(self.model)
         with contextlib.ExitStack() as stack:
             if is_compiled(self.model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -228,26 +237,31 @@ class NCProbe:
         if training is not None:
             raise ValueError(f"model must be in evaluation mode, but its module {training!r} trains: call model.eval()")
         output = self._output.pop()
-        features = output if self._input is None else self._input.pop()
+        features = (output[0] if len(output) == 1 else None) if self._input is None else self._input.pop()
         if features is None or features.ndim != 2:
-            raise ValueError(
-                f"a model without classifier must give a tensor (B, d), got {getattr(output, 'shape', None)}"
-            )
+            shapes = [tuple(x.shape) for x in output]
+            raise ValueError(f"a model without classifier must give one tensor (B, d), got tensors of shapes {shapes}")
         check_samples(len(features), labels, mask)
         if mask is not None:
             features, labels = features[mask.to(features.device)], labels[mask.to(labels.device)]
         self._sums.add(features, labels, mask)
-        if self._input is not None and self.linear_error is None:
-            self._check_linear(features, output if mask is None or output is None else output[mask.to(output.device)])
+        if self._input is not None and not self._compared and len(features):
+            self._compared = True
+            self._check_linear(features, output if mask is None else [x[mask.to(x.device)] for x in output])
 
-    def _check_linear(self, features: Tensor, output: Tensor | None) -> None:
+    def _check_linear(self, features: Tensor, output: Sequence[Tensor]) -> None:
         """Warn, once a pass, where the model does not give weight @ feature + bias."""
+        assert self.head is not None
         self.linear_error = self._sums.classifiers[0].linear_error(features, output)
-        if output is not None and self.linear_error is not None and self.linear_error > LINEAR_ERROR[output.dtype]:
-            assert self.head is not None
-            warnings.warn(
-                f"weight @ feature + bias of {self.head.name!r} is not what the model gives, from which it differs by "
-                f"{self.linear_error:.2g} of the largest logit: accuracy and NC4 are those of the linear map. If "
-                "another layer is the classifier, name it with head='...'",
-                stacklevel=4,
-            )
+        if self.linear_error is None:
+            shapes = [tuple(x.shape) for x in output]
+            what = f"could not be compared with what the model gives, tensors of shapes {shapes}"
+        elif self.linear_error > max(LINEAR_ERROR[x.dtype] for x in output):
+            what = f"is not what the model gives, from which it differs by {self.linear_error:.2g} of the largest logit"
+        else:
+            return
+        warnings.warn(
+            f"weight @ feature + bias of {self.head.name!r} {what}: accuracy and NC4 are those of the linear map. If "
+            "another layer is the classifier, name it with head='...'",
+            stacklevel=4,
+        )

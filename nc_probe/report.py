@@ -13,6 +13,7 @@ from nc_probe.measures.agreement import Agreement
 from nc_probe.measures.assembly import Measurement
 from nc_probe.measures.pairwise import cosine_gram
 from nc_probe.moments.class_moments import ClassMoments
+from nc_probe.moments.precision import cpu_by_default
 
 __all__ = ["CollapseReport", "measure"]
 
@@ -194,6 +195,7 @@ class CollapseReport:
         return "\n".join(text)
 
 
+@cpu_by_default()
 def measure(
     moments: ClassMoments,
     weight: Tensor | None,

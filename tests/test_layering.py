@@ -67,7 +67,7 @@ NC_PROBE_FLOORS = {
     "measures": {"moments"},
     "report": {"moments", "measures"},
     "labels": set(),
-    "plots": {"labels", "measures", "report"},
+    "plots": {"labels", "moments", "measures", "report"},
     "pass_sums": {"moments", "hooks", "measures", "report"},
     "probe": {"moments", "hooks", "measures", "report", "pass_sums"},
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nc_probe.hooks.heads import Head, unwrap
-from nc_probe.hooks.pooling import pooled
+from nc_probe.hooks.pooling import pooled, tensors
 
 __all__ = [
     "Capture",
@@ -110,14 +110,14 @@ class OutputCapture(Capture):
         inside = [handle for capture in self.inner for handle in capture.register()]
         return [before, *inside, self.model.register_forward_hook(self._end)]
 
-    def pop(self) -> Tensor | None:
-        """Return the last output, None if it was no tensor, and clear it.
+    def pop(self) -> list[Tensor]:
+        """Return the last output, or what may be logits of several tensors in it, and clear it.
 
         Raises:
             ValueError: there was not exactly one forward pass.
         """
         output, passes = self._output, self._passes
-        self._output, self._passes = None, 0
+        self._output, self._passes = [], 0
         if passes != 1:
             raise ValueError(
                 f"update must follow exactly one forward pass of the model, got {passes} since the last update"
@@ -129,7 +129,7 @@ class OutputCapture(Capture):
         for capture in self.inner:
             capture.clear()
             capture.recording = False
-        self._output: Tensor | None = None
+        self._output: list[Tensor] = []
         self._passes = 0
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -140,8 +140,7 @@ class OutputCapture(Capture):
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for capture in self.inner:
             capture.recording = False
-        output = getattr(output, "logits", output)  # transformers wrap them
-        self._output = output.detach().clone() if isinstance(output, Tensor) else None
+        self._output = [x.detach().clone() for x in _logits(output)]
         self._passes += 1
 
 
@@ -242,6 +241,16 @@ class IterateCapture(Capture):
         if self.recording:
             self._states.append(pooled(output))
             self._solves += 1
+
+
+def _logits(output: Any) -> list[Tensor]:
+    """Find the tensors in an output that may be its logits: the one of that name, or all (B, K)."""
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(named, Tensor):
+        return [named]
+    return [x for x in tensors(output) if x.ndim == 2 and x.is_floating_point()]
 
 
 def layer_captures(model: nn.Module, layers: str | Sequence[str]) -> list[LayerCapture]:

@@ -25,6 +25,9 @@ __all__ = ["Head", "LinearMap", "count_classes", "find_head", "is_compiled", "un
 # EfficientViM weighs its heads by the softmax of these: those of the labels, those of the teacher.
 MIXTURES = ("weights", "weights_dist")
 
+# Two heads whose logits are averaged, one of them for a teacher: in timm, and in transformers' LeViT and DeiT.
+PAIRS = (("head", "head_dist"), ("classifier", "classifier_distill"), ("cls_classifier", "distillation_classifier"))
+
 # Models that hold nothing but another one, under one of these names.
 WRAPPERS = ({"module"}, {"_orig_mod"}, {"timm_model"})
 
@@ -75,6 +78,20 @@ class Head(NamedTuple):
 
     maps: tuple[LinearMap, ...]
     mixtures: tuple[Tensor, ...] = ()
+
+    def check(self, model: nn.Module) -> None:
+        """Check that these are modules of a model still.
+
+        Raises:
+            ValueError: one is not.
+        """
+        modules = set(model.modules())
+        for linear in self.maps:
+            if linear.module not in modules:
+                raise ValueError(
+                    f"the classifier {linear.name!r} must be that of the model as the probe was made, but it has been "
+                    "replaced since: make a new NCProbe"
+                )
 
     @property
     def name(self) -> str:
@@ -133,8 +150,9 @@ def find_head(model: nn.Module, *, name: str | Sequence[str] | None = None) -> H
     if hasattr(model, "get_classifier"):
         found = list(_parts(model.get_classifier()))  # pyright: ignore[reportCallIssue]
         return None if all(isinstance(part, nn.Identity) for part in found) else _head(model, found)
+    pair = next((pair for pair in PAIRS if all(isinstance(getattr(model, n, None), nn.Module) for n in pair)), None)
     name = next((n for n in ("fc", "classifier", "head") if n in modules), "")
-    return _head(model, [modules[name]])
+    return _head(model, [modules[n] for n in pair or (name,)])
 
 
 def count_classes(head: Head | None, given: int | None) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["pooled"]
+__all__ = ["pooled", "tensors"]
 
 
 def pooled(output: Any, *, channels: int | None = None, prefix: int = 0, token: bool = False) -> Tensor:
@@ -26,7 +26,7 @@ def pooled(output: Any, *, channels: int | None = None, prefix: int = 0, token: 
     Raises:
         ValueError: there is no floating-point tensor of two to four dimensions in it.
     """
-    found = [x.detach() for x in _tensors(output) if x.is_floating_point() and 2 <= x.ndim <= 4]
+    found = [x.detach() for x in tensors(output) if x.is_floating_point() and 2 <= x.ndim <= 4]
     fitting = [x for x in found if channels in x.shape[1:]][:1] or found
     if not fitting:
         raise ValueError(f"a layer must give a tensor (B, ...) of 2 to 4 dimensions, got {type(output).__name__}")
@@ -44,8 +44,9 @@ def _vector(x: Tensor, channels: int | None, prefix: int, token: bool) -> Tensor
     return x[:, 0].to(torch.float64, copy=True) if token else x[:, prefix:].mean(1, dtype=torch.float64)
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def tensors(output: Any) -> list[Tensor]:
+    """List the tensors of a nest of tuples, lists and mappings, whatever else is in it left out."""
     if isinstance(output, Tensor):
         return [output]
     parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
+    return [tensor for part in parts for tensor in tensors(part)]

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -96,16 +96,17 @@ class ClassifierStream:
                 )
         return self._snapshot
 
-    def linear_error(self, features: Tensor, output: Tensor | None) -> float | None:
-        """Compare weight @ feature + bias with what the model gave; None where that is no logits.
+    def linear_error(self, features: Tensor, output: Sequence[Tensor]) -> float | None:
+        """Compare weight @ feature + bias with what the model gave, one of several tensors.
 
         Returns:
-            The largest difference relative to the largest logit.
+            The largest difference relative to the largest logit, of the tensor where it is smallest; None if none of
+            them has the shape of logits.
         """
         logits = self.logits(features)
-        if output is None or output.shape != logits.shape or not len(output):
-            return None
-        return float((logits - output.to(logits)).abs().max() / logits.abs().max().clamp(min=1e-30))
+        size = logits.abs().max().clamp(min=1e-30)
+        errors = [(logits - x.to(logits)).abs().max() / size for x in output if x.shape == logits.shape]
+        return float(min(errors)) if errors else None
 
     def add_scatter(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Add the scatter of batches that were added without: features of the whole head (B, D), labels (B,)."""

@@ -95,6 +95,8 @@ class Measurement:
             everything = torch.arange(K)
             self._inverses: dict[str | None, formulas.BetweenInverse] = {None: self._inverse(everything)}
             self._inverses |= {name: self._inverse(classes) for name, classes in self.members.items()}
+            if not self._inverses[None].rank:
+                self.centered.zero_()  # all means coincide, but for the rounding of their centre
             self._published = {p: INVERSES[p](moments) for p in self.papers if p in INVERSES}
 
     @property

@@ -19,6 +19,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from nc_probe.moments.precision import cpu_by_default
+
 __all__ = ["ReferenceGram", "orthogonal_frame", "seli", "simplex_etf", "simplex_etf_cosine"]
 
 
@@ -79,6 +81,7 @@ def simplex_etf_cosine(num_classes: int) -> float:
     return -1 / (num_classes - 1)
 
 
+@cpu_by_default()
 def simplex_etf(num_classes: int, *, size: int | None = None) -> ReferenceGram:
     """K/(K-1) (I - 1 1^T / K): the unit vectors of a simplex ETF.
 
@@ -93,6 +96,7 @@ def simplex_etf(num_classes: int, *, size: int | None = None) -> ReferenceGram:
     return ReferenceGram(torch.zeros(size, dtype=torch.int64), 1 - block[0], block)
 
 
+@cpu_by_default()
 def seli(counts: Tensor | Sequence[int]) -> tuple[ReferenceGram, ReferenceGram]:
     """Simplex-encoded-labels interpolation: logits W H^T equal, up to a factor, to the simplex-encoded labels.
 
@@ -131,6 +135,7 @@ def seli(counts: Tensor | Sequence[int]) -> tuple[ReferenceGram, ReferenceGram]:
     return power(count.sqrt(), sigma), power(count.rsqrt(), 1 / sigma)
 
 
+@cpu_by_default()
 def orthogonal_frame(counts: Tensor | Sequence[int]) -> tuple[ReferenceGram, ReferenceGram]:
     """General orthogonal frame: logits W H^T equal to the one-hot labels Y (K, N), by balanced factors.
 

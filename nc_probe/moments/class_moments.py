@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nc_probe.moments import ranks
 from nc_probe.moments.blocks import deviations
-from nc_probe.moments.precision import float64_context
+from nc_probe.moments.precision import cpu_by_default, float64_context
 from nc_probe.moments.scatter import add_outer_products, common_factors, pooling
 from nc_probe.moments.state import State
 from nc_probe.moments.validation import check_batch, check_class_counts, check_scatters, validate_values
@@ -80,6 +80,7 @@ class ClassMoments(State):
     scatter: Tensor
     _bad: Tensor
 
+    @cpu_by_default()
     def __init__(
         self,
         num_classes: int,
@@ -217,10 +218,12 @@ class ClassMoments(State):
         if self.class_counts is not None:
             check_class_counts(self.count.cpu().double(), self.class_counts)
 
+    @cpu_by_default()
     def supports_weights(self, class_weights: Tensor) -> bool:
         """Tell whether `within_class_scatter(class_weights)` can be had from the scatters kept."""
         return self._factors(class_weights) is not None
 
+    @cpu_by_default()
     def within_class_scatter(self, class_weights: Tensor) -> Tensor:
         """Sum the within-class scatters, sum_k class_weights[k] S_k.
 
@@ -243,6 +246,7 @@ class ClassMoments(State):
             raise ValueError(f"the pooled within-class scatter cannot be weighted as asked: {hint}")
         return (factors @ self.scatter.flatten(1)).view(self.num_features, self.num_features)
 
+    @cpu_by_default()
     def projected_scatter_trace(self, basis: Tensor, classes: Tensor) -> Tensor | None:
         """Compute tr(basis^T S_k basis) of some classes, if each keeps a scatter of its own.
 

@@ -1,11 +1,11 @@
-"""The arithmetic of the probe: float64, whatever the model was run with."""
+"""The arithmetic of the probe: float64, on devices of its own choice, whatever the model was run with."""
 
 import contextlib
 from collections.abc import Iterator
 
 import torch
 
-__all__ = ["DTYPES", "float64_context"]
+__all__ = ["DTYPES", "cpu_by_default", "float64_context"]
 
 # Of features, from fine to coarse.
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -17,5 +17,14 @@ def float64_context(device: torch.device) -> Iterator[None]:
 
     TF32 does not touch float64, in which everything here is computed.
     """
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with cpu_by_default(), torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextlib.contextmanager
+def cpu_by_default() -> Iterator[None]:
+    """Make tensors on the CPU where no device is named, whatever `torch.set_default_device` says."""
+    # Entered only where there is need, as it costs every call of PyTorch inside some microseconds.
+    elsewhere = torch.get_default_device().type != "cpu"
+    with torch.device("cpu") if elsewhere else contextlib.nullcontext():
         yield

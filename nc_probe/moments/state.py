@@ -40,7 +40,9 @@ class State(ABC):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what has been summed, by name: for `torch.save`, and for `load_state_dict` of one made alike."""
-        return {name.lstrip("_"): getattr(self, name) for name in self.NAMES} | {"batches": torch.tensor(self.batches)}
+        return {name.lstrip("_"): getattr(self, name) for name in self.NAMES} | {
+            "batches": torch.tensor(self.batches, device="cpu")
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> Self:
         """Replace what has been summed by a copy of a `state_dict`.

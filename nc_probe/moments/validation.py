@@ -1,9 +1,13 @@
 """Input validation: features, labels and settings, each error in one line."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 __all__ = [
+    "as_tensor",
     "check_batch",
     "check_class_counts",
     "check_samples",
@@ -15,6 +19,20 @@ __all__ = [
 
 # K d^2 float64 that may be taken without having been asked for: K = 100 classes of d = 512 features fit.
 SCATTER_BYTES = 256 * 2**20
+
+
+def as_tensor(name: str, values: Tensor | Sequence[Any]) -> Tensor:
+    """Make a tensor of an array or a list.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a tensor, an array or a list, got {type(values).__name__}: {error}") from None
 
 
 def check_samples(batch_size: int, labels: Tensor, mask: Tensor | None) -> None:

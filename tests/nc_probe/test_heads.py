@@ -272,6 +272,71 @@ def test_logits_that_are_not_linear_are_told():
     assert len(caught) == 1 and probe.linear_error == pytest.approx(2, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda logits: {"features": 3 * logits, "logits": logits},
+        lambda logits: (torch.tensor(1.0), logits),
+        lambda logits: {"loss": torch.tensor(1.0), "out": logits, "aux": 2 * logits},
+    ],
+    ids=["dict", "tuple", "unnamed"],
+)
+def test_logits_in_dicts_and_tuples_are_compared(wrap):
+    class Wrapped(Net):
+        scale = 1
+
+        def forward(self, x):
+            return wrap(self.scale * super().forward(x))
+
+    x, labels = torch.randn(9, 5), torch.arange(9) % K
+    net = Wrapped().eval()
+    with torch.no_grad(), NCProbe(net) as probe:
+        net(x)
+        probe.update(labels)
+        assert probe.linear_error < 1e-6
+        net.scale = 3
+        probe.reset()
+        net(x)
+        with pytest.warns(UserWarning, match="of 'fc' is not what the model gives"):
+            probe.update(labels)
+
+
+def test_what_cannot_be_compared_is_told_once():
+    class Loss(Net):
+        def forward(self, x):
+            return super().forward(x).logsumexp(1, keepdim=True), "text"
+
+    x, labels = torch.randn(9, 5), torch.arange(9) % K
+    net = Loss().eval()
+    match = r"of 'fc' could not be compared with what the model gives, tensors of shapes \[\(9, 1\)\]"
+    with torch.no_grad(), NCProbe(net) as probe, pytest.warns(UserWarning, match=match) as caught:
+        for _ in range(2):
+            net(x)
+            probe.update(labels)
+    assert len(caught) == 1 and probe.linear_error is None and probe.compute().accuracy >= 0
+
+
+@pytest.mark.parametrize("kind", ["DeiT", "Levit"])
+def test_distilled_transformers_are_measured_by_the_mean_of_both_heads(kind):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "DeiT":
+        size = {"image_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.DeiTConfig(num_labels=K, **size, patch_size=8, intermediate_size=16)
+    else:
+        sizes = {"hidden_sizes": [16, 16, 16], "num_attention_heads": [1, 1, 1], "depths": [1, 1, 1]}
+        config = transformers.LevitConfig(num_labels=K, image_size=64, **sizes, key_dim=[8, 8, 8], mlp_ratio=[1, 1, 1])
+    model = getattr(transformers, f"{kind}ForImageClassificationWithTeacher")(config).eval()
+    x = torch.randn(4, 3, config.image_size, config.image_size)
+    with torch.no_grad(), NCProbe(model) as probe:
+        output = model(x)
+        probe.update(torch.arange(4))
+    assert len(probe.head.maps) == 2 and probe.linear_error < 1e-5
+    accuracy = float((output.logits.argmax(1) == torch.arange(4)).double().mean())
+    report = probe.compute()
+    assert report.accuracy == accuracy and len(report.heads) == 2
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vit_b_32", "densenet121"])
 def test_torchvision(name):
     import torchvision
@@ -309,9 +374,8 @@ def test_transformers(name):
             config = transformers.DeiTConfig(**small, patch_size=8, intermediate_size=16)
     kind = {"DeiTWithTeacher": "DeiTForImageClassificationWithTeacher"}.get(name, f"{name}ForImageClassification")
     model = getattr(transformers, kind)(config).eval()
-    head = ["cls_classifier", "distillation_classifier"] if "Teacher" in name else None
     x = torch.randn(4, 3, 32, 32)
-    with torch.no_grad(), NCProbe(model, head=head) as probe:
+    with torch.no_grad(), NCProbe(model) as probe:
         model(x)
         probe.update(torch.arange(4))
     assert probe.linear_error < 1e-5 and probe.compute().samples == 4

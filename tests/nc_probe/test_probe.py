@@ -1,6 +1,7 @@
 """NCProbe on small models, against the features that the classifier received, taken by hand."""
 
 import copy
+import dataclasses
 import errno
 import gc
 import io
@@ -8,14 +9,17 @@ import math
 import tempfile
 import weakref
 
+import numpy as np
 import oracles_nc
 import pytest
 import torch
+import torch.utils.checkpoint
 from collapsed import crosses, frame
 from torch import nn
 
 from nc_probe import ClassMoments, NCProbe, measure
 from nc_probe.moments import second_pass, validation
+from nc_probe.plots import plot_angles, plot_grams
 
 K, d = 4, 6
 GROUPS = {"majority": [0, 1], "minority": [2, 3]}
@@ -494,6 +498,157 @@ def test_a_failed_update_counts_nothing():
         model(x)
         probe.update(labels)
     assert_same(probe.compute(), run(model, x, labels, size=57))
+
+
+def test_features_and_logits_are_those_of_the_forward_pass():
+    """What is overwritten before update, or later, was read as it was; of passes without update one is held."""
+    model, (x, labels) = Net().double().eval(), data()
+    expected = run(model, x.double(), labels, size=57, layers=["stem"])
+
+    class Overwritten(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, x):
+            self.h = self.net.features(x)
+            self.logits = self.net.fc(self.h)
+            return self.logits
+
+    outer, buffer = Overwritten().eval(), labels.clone()
+    with NCProbe(outer, head="net.fc", layers=["net.stem"]) as probe:
+        for _ in range(10):
+            outer(x[:23].double())
+        with pytest.raises(ValueError, match="got 10"):
+            probe.update(labels[:23])
+        for _ in range(10):
+            outer(x[:23].double())
+        held = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.ndim == 2 and len(t) == 23]
+        assert len(held) < 12 and all(t.grad_fn is None for t in held if t is not outer.h and t is not outer.logits)
+        probe.reset()
+        outer(x.double())
+        outer.h.detach().zero_(), outer.logits.detach().fill_(7)
+        probe.update(buffer)
+        buffer.zero_()
+    assert probe.linear_error < 1e-12
+    report = probe.compute()
+    assert_same(report, dataclasses.replace(expected, layers={"net.stem": expected.layers["stem"]}))
+
+
+def test_layers_of_float64_are_copies_too():
+    class Given(Net):
+        def forward(self, x):
+            self.h = self.stem(x)
+            return self.fc(torch.relu(self.h))
+
+    model, (x, labels) = Given().double().eval(), data()
+    expected = run(model, x.double(), labels, 57, layers=["stem"]).layers["stem"]
+    with torch.no_grad(), NCProbe(model, layers=["stem"]) as probe:
+        model(x.double())
+        model.h.zero_()
+        probe.update(labels)
+    assert_same(probe.compute().layers["stem"], expected)
+
+
+def test_a_batch_is_added_as_a_whole_or_not_at_all():
+    class Holes(Net):
+        def forward(self, x):
+            self.log(x)
+            return super().forward(torch.where(x.isfinite(), x, 0))
+
+    model, (x, labels) = Holes().eval(), data()
+    model.log = nn.Identity().eval()
+    with torch.no_grad(), NCProbe(model, layers=["stem", "log"]) as probe:
+        model(x[:30])
+        probe.update(labels[:30])
+        bad = x[30:].clone()
+        bad[3, 2] = torch.nan
+        model(bad)
+        with pytest.raises(ValueError, match="layer 'log': features must be finite, got NaN or infinity in batch 1"):
+            probe.update(labels[30:])
+        model(x[30:])
+        probe.update(labels[30:])
+    assert_same(probe.compute(), run(model, x, labels, 30, layers=["stem", "log"]))
+
+
+def test_a_forward_pass_that_raised_midway_leaves_nothing():
+    class Raises(Net):
+        def forward(self, x):
+            logits = super().forward(x)
+            if len(x) == 13:
+                raise RuntimeError("out of memory")
+            return logits
+
+    model, (x, labels) = Raises().eval(), data()
+    with torch.no_grad(), NCProbe(model, layers=["stem"]) as probe:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(x[:13])
+        with pytest.raises(ValueError, match="exactly one forward pass of the model, got 0 since"):
+            probe.update(labels[:13])
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(x[:13])
+        model(x)
+        probe.update(labels)
+    assert_same(probe.compute(), run(model, x, labels, 57, layers=["stem"]))
+
+
+def test_gradient_checkpointing_does_not_count_a_layer_twice():
+    class Checkpointed(Net):
+        def features(self, x):
+            return torch.relu(torch.utils.checkpoint.checkpoint(self.stem, x, use_reentrant=False))
+
+    model, (x, labels) = Checkpointed().eval(), data()
+    with NCProbe(model, layers=["stem"]) as probe:
+        model(x).sum().backward()
+        probe.update(labels)
+    assert_same(probe.compute(), run(Net().eval(), x, labels, 57, layers=["stem"]))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.asarray, torch.Tensor.int], ids=["list", "tuple", "array", "int32"])
+def test_labels_and_masks_as_people_have_them(kind):
+    model, (x, labels) = Net().eval(), data()
+    keep = torch.arange(57) % 5 > 0
+    with torch.no_grad(), NCProbe(model) as probe:
+        model(x)
+        given = labels if kind is torch.Tensor.int else labels.tolist()
+        probe.update(kind(given), mask=keep if kind is torch.Tensor.int else kind(keep.tolist()))
+        model(x)
+        with pytest.raises(ValueError, match="labels must be a tensor, an array or a list, got list"):
+            probe.update(["cat"] * 57)
+    assert_same(probe.compute(), run(model, x[keep], labels[keep], 57))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"class_counts": [20, 18, 18, 1], "cache_bytes": 0}, {"center": "empirical"}]
+)
+def test_any_default_device(arguments):
+    model, (x, labels) = Net().eval(), data()
+    settings = {"groups": GROUPS, "layers": ["stem"], "conventions": ["papyan2020", "zhu2021", "fang2021"]}
+    settings |= arguments | ({"class_counts": torch.bincount(labels).tolist()} if "class_counts" in arguments else {})
+    expected = run(model, x, labels, **settings)
+    batches = list(zip(x.split(10), labels.split(10), strict=True))
+    before = torch.get_default_device()
+    try:
+        torch.set_default_device("meta")  # on which everything fails
+        with torch.no_grad(), NCProbe(model, **settings) as probe:
+            for xb, yb in batches:
+                model(xb)
+                probe.update(yb.tolist())
+        report = probe.compute()
+        assert "NC1" in str(report) and report.gram.device.type == "cpu"
+        plot_grams(report), plot_angles(report)
+    finally:
+        torch.set_default_device(before if before.type != "cpu" else None)
+    assert_same(report, expected)
+
+
+def test_a_classifier_that_was_replaced_is_told():
+    model = Net().eval()
+    probe = NCProbe(model)
+    model.fc = nn.Linear(d, K)
+    with pytest.raises(ValueError, match="classifier 'fc' must be that of the model as the probe was made"), probe:
+        pass
+    assert not model._forward_hooks
 
 
 def test_update_outside_with():

@@ -136,6 +136,19 @@ def test_absent_classifier_is_absent_not_zero():
     assert report["nc1"] > 0
 
 
+@pytest.mark.parametrize("offset", [0.1, 1e3])
+def test_what_rests_on_means_that_coincide_is_absent(offset):
+    """Permuted samples have equal means but for rounding, of which cosines and NC3 would be made."""
+    gen = torch.Generator().manual_seed(0)
+    arms = offset + torch.randn(9, d, generator=gen).double()
+    x = torch.cat([arms[torch.randperm(9, generator=gen)] for _ in range(3)])
+    report = measure(ClassMoments(3, d).update(x, torch.arange(3).repeat_interleave(9)), torch.randn(3, d))
+    absent = ("nc1", "nc1_trace", "nc2_etf", "nc2_norm", "nc2_angle", "mean_cosine", "gnc2_log", "nc3", "nc3_cosine")
+    assert all(math.isnan(getattr(report, name)) for name in absent)
+    assert report.class_norm == (0, 0, 0) and all(map(math.isnan, report.class_nc3_cosine)) and report.cdnv == math.inf
+    assert report.nc2_norm_weight > 0 and report.feature_rank == d
+
+
 def test_report_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         example()[0].nc1 = 0  # pyright: ignore[reportAttributeAccessIssue]
