@@ -30,18 +30,19 @@ def pooled(output: Any, *, channels: int | None = None, prefix: int = 0, token: 
     fitting = [x for x in found if channels in x.shape[1:]][:1] or found
     if not fitting:
         raise ValueError(f"a layer must give a tensor (B, ...) of 2 to 4 dimensions, got {type(output).__name__}")
+    # A copy, of one tensor too.
     return torch.cat([_vector(x, channels, prefix, token) for x in fitting], 1)
 
 
 def _vector(x: Tensor, channels: int | None, prefix: int, token: bool) -> Tensor:
     if x.ndim == 2:
-        return x.to(torch.float64, copy=True)
+        return x.double()
     if x.ndim == 4:
         last = channels is not None and x.shape[-1] == channels != x.shape[1]
         return x.mean((1, 2) if last else (2, 3), dtype=torch.float64)
     if channels is not None and x.shape[1] == channels != x.shape[-1]:
         return x.mean(2, dtype=torch.float64)
-    return x[:, 0].to(torch.float64, copy=True) if token else x[:, prefix:].mean(1, dtype=torch.float64)
+    return x[:, 0].double() if token else x[:, prefix:].mean(1, dtype=torch.float64)
 
 
 def tensors(output: Any) -> list[Tensor]:
