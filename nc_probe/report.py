@@ -41,6 +41,7 @@ class CollapseReport:
         samples: of these classes.
         num_classes: K of the geometry that they are compared with: all classes with samples.
         nc1: tr(S_W S_B^+)/K, with the rank and the condition of the centred means it rests on.
+        nc1_unresolved: directions among them that may be rounding of the features alone, of which NC1 is then made.
         nc1_source: where the scatter for it came from, or why it is absent.
         nc1_trace: tr S_W / tr S_B.
         cdnv: class-distance normalised variance.
@@ -78,6 +79,7 @@ class CollapseReport:
     nc1: float = NAN
     nc1_rank: int = 0
     nc1_condition: float = NAN
+    nc1_unresolved: int = 0
     nc1_source: str = "absent: no scatter that resolves it"
     nc1_trace: float = NAN
     cdnv: float = NAN
@@ -174,6 +176,8 @@ class CollapseReport:
         rows.append(("samples", *(str(r.samples) for r in columns.values())))
         rows += [(label, *(_number(getattr(r, name)) for r in columns.values())) for label, name in _TABLE]
         notes = f"center {self.center}; NC1 of rank {self.nc1_rank}, condition {_number(self.nc1_condition)}"
+        if self.nc1_unresolved:
+            notes += f" ({self.nc1_unresolved} of these directions may be rounding of the features: NC1 is then noise)"
         notes += f", from {self.nc1_source}" if self.nc1 == self.nc1 else f", {self.nc1_source}"
         text = [*_lines(rows), *_wrap(f"{notes}; NC4 {self.nc4_source}")]
         if self.feature_rank is not None:

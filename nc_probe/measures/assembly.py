@@ -91,6 +91,7 @@ class Measurement:
             self.seli, self.frame = seli(moments.count), orthogonal_frame(moments.count)
             self.position = self.present.cumsum(0) - 1
             self.magnitude = float((self.pi @ moments.mean.square().sum(1)).sqrt())
+            self.power = self.magnitude**2 + float(self.class_weights @ moments.trace)  # E ||x||^2
             # S_B^+ of all classes (None), of each group, and by each convention that has one.
             everything = torch.arange(K)
             self._inverses: dict[str | None, formulas.BetweenInverse] = {None: self._inverse(everything)}
@@ -199,6 +200,7 @@ class Measurement:
         """NC1 of all classes (no name) or of a group; `spread` (K,) is tr(B^T S_k B), if known."""
         inverse, m, n = self._inverses[name], len(shown), self.moments.count[shown].double()
         values: dict[str, Any] = {"nc1_rank": inverse.rank, "nc1_condition": inverse.condition}
+        values["nc1_unresolved"] = formulas.unresolved(inverse, self.power, dtype=self.features_dtype)
         weights = self.pi[shown] / self.pi[shown].sum() / n
         own = spread is None
         spread = self.moments.projected_scatter_trace(inverse.basis, shown) if spread is None else spread[shown]

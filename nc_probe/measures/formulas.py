@@ -36,6 +36,7 @@ __all__ = [
     "self_duality_cosines",
     "spectrum",
     "trace_quotient",
+    "unresolved",
 ]
 
 
@@ -88,6 +89,24 @@ def between_inverse(
     rank = int((sigma > floor).sum())
     basis = Vh[:rank].T / sigma[:rank]
     return BetweenInverse(basis, rank, float(sigma[0] / sigma[rank - 1]) if rank else math.nan)
+
+
+def unresolved(inverse: BetweenInverse, power: float, *, dtype: torch.dtype) -> int:
+    """Count the directions of the centred means that may be nothing but rounding of the features.
+
+    Each entry of a feature is off by u = eps(dtype)/2 of itself, or some u by the arithmetic that made it; so features
+    by 4 u ||x|| or less, and no singular value of the weighted means by more than 4 u sqrt(E ||x||^2). Most often by
+    far less, as rounding averages out over samples: NC1 is right where features vary in that direction by more than
+    they are rounded, as where minority means merge. It is the quotient of two rounding errors where they do not, as
+    after a linear layer that is narrow.
+
+    Args:
+        inverse: of S_B.
+        power: E ||x||^2.
+        dtype: precision that the features came in.
+    """
+    sigma = 1 / inverse.basis.norm(dim=0)
+    return int((sigma <= 4 * torch.finfo(dtype).eps / 2 * math.sqrt(power)).sum())
 
 
 def nc1(inverse: BetweenInverse, within: Tensor, num_classes: int) -> float:

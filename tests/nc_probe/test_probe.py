@@ -20,6 +20,7 @@ from torch import nn
 from nc_probe import ClassMoments, NCProbe, measure
 from nc_probe.moments import second_pass, validation
 from nc_probe.plots import plot_angles, plot_grams
+from recipes.benchmarks.merged import closed_form, samples
 
 K, d = 4, 6
 GROUPS = {"majority": [0, 1], "minority": [2, 3]}
@@ -216,6 +217,30 @@ def test_nc1_by_a_second_look_where_class_means_merge_in_closed_form(merged):
             other.feature_rank,
             pytest.approx(other.stable_rank, nan_ok=True),
         )
+
+
+def test_directions_that_may_be_rounding_are_counted():
+    """A linear layer to more features than it has inputs: their span is that of its inputs, and what float32 adds."""
+    torch.manual_seed(0)
+    narrow = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 7)).eval()
+    x, labels = torch.randn(700, 5), torch.arange(700) % 7
+    x += 2 * torch.randn(7, 5)[labels]
+    report = run(narrow, x, labels, size=64, groups={"some": [0, 1, 2]})
+    assert report.nc1_rank == 6 and report.nc1_unresolved == 1 and report.groups["some"].nc1_unresolved == 0
+    assert "(1 of these directions may be rounding of the features" in " ".join(str(report).split())
+    exact = run(narrow.double(), x.double(), labels, size=64)
+    assert (exact.nc1_rank, exact.nc1_unresolved) in ((5, 0), (6, 1))
+    wide = run(nn.Linear(5, 7).eval(), x, labels, size=64)
+    assert (wide.nc1_rank, wide.nc1_unresolved) == (5, 0) and "rounding" not in str(wide)
+
+
+@pytest.mark.parametrize("distance, unresolved", [(1e-2, 0), (1e-6, 0), (1e-8, 6)])
+def test_minority_means_that_merge_are_resolved_where_float32_resolves_them(distance, unresolved):
+    """At 1e-6 of the majority's distance NC1 is right to 4e-5; at 1e-8 it is said that it may not be."""
+    x, labels = samples(distance)
+    report = measure(ClassMoments(10, 512, class_counts=torch.bincount(labels)).update(x.float(), labels), None)
+    assert report.nc1_unresolved == unresolved and report.nc1_rank == 9
+    assert report.nc1 == pytest.approx(closed_form(distance), rel=0.1 if unresolved else 1e-4)
 
 
 def test_offset_does_not_move_nearest_means():
