@@ -19,7 +19,8 @@ LAYERS = {
 }
 
 # Inside the core: a module may import those of its own rank or below.
-RANKS = "version solution solvers.base fixed_point solvers jacobian gradients dropout equilibrium hooks".split()
+RANKS = "version transforms solution solvers.base fixed_point solvers jacobian gradients dropout".split()
+RANKS += ["equilibrium", "hooks"]
 RANKS += "spectral monotone warm_start correction log models".split() + [""]
 
 

@@ -18,7 +18,8 @@ from timm_deq.gradients.base import Gradient
 from timm_deq.gradients.implicit import Implicit
 from timm_deq.solution import Solution
 from timm_deq.solvers.anderson import Anderson
-from timm_deq.solvers.base import Solver, autocast_enabled, check_bool, check_integer, is_tracing
+from timm_deq.solvers.base import Solver, State, autocast_enabled, check_bool, check_integer, is_tracing
+from timm_deq.transforms import forward_mode, refuse_reverse, with_tangent, without_tangents
 
 SolutionHook = Callable[["Equilibrium", str, Solution, list[Tensor]], None]
 """Called with the layer, "forward" or "backward", the solution, and the residuals `(B,)` after each evaluation."""
@@ -109,24 +110,48 @@ class Equilibrium(nn.Module):
             x = x.clone()  # with a version counter
         if z0 is None:
             z0 = self.initial_state(x)
-        differentiable = torch.is_grad_enabled() and self._requires_grad(x)
+        # An exported program has no autograd functions, and one with a switch of gradients cannot be loaded.
+        exporting = torch.compiler.is_exporting()
+        differentiable = torch.is_grad_enabled() and self._requires_grad(x) and not exporting
         with self._cached_parametrizations(differentiable):
             f = self._map(x)
             if differentiable:
                 self.gradient.check_solver(self.solver)  # either may have been replaced
                 f = self.gradient.prepare(f, self.solver)
-            with torch.set_grad_enabled(differentiable and self.gradient.differentiates_solver):
-                solution = self._solve(f, x, z0, gather=not (self.training or differentiable))
-            z_star = solution.value.to(z0.dtype)
-            if not differentiable:
-                return z_star
-            if autocast_enabled(x) and not is_tracing(x):
-                # Older torch keeps the casts made while gradients were disabled: the weights would be cut off.
-                torch.clear_autocast_cache()
-            # Histories are not to wait for the backward pass.
-            state = solution.state if self.gradient.required_solver else None
-            report = self._report_backward if self._solution_hooks else None
-            return self.gradient.attach(f, z_star, state=state, start=u0, report=report)
+            # Tangents are those of the equilibrium, as gradients are, not those of the steps that led there.
+            pushes = forward_mode(x) and not self.gradient.differentiates_solver
+            with without_tangents() if pushes else nullcontext():
+                recorded = differentiable and self.gradient.differentiates_solver
+                with nullcontext() if exporting else torch.set_grad_enabled(recorded):
+                    solution = self._solve(f, x, z0, gather=not (self.training or differentiable or forward_mode(x)))
+                z_star = solution.value.to(z0.dtype)
+                # Histories are not to wait for the backward pass.
+                state = solution.state if self.gradient.required_solver else None
+                output = self._attach(f, x, z_star, state, u0) if differentiable else z_star
+            return self._push(f, z_star, state, output) if pushes else output
+
+    def _attach(self, f: Map, x: Tensor, z_star: Tensor, state: State | None, start: Tensor | None) -> Tensor:
+        """Makes the equilibrium differentiable in reverse mode."""
+        if autocast_enabled(x) and not is_tracing(x):
+            # Older torch keeps the casts made while gradients were disabled: the weights would be cut off.
+            torch.clear_autocast_cache()
+        report = self._report_backward if self._solution_hooks else None
+        return self.gradient.attach(f, z_star, state=state, start=start, report=report, inputs=self._inputs(x))
+
+    def _inputs(self, x: Tensor) -> list[Tensor]:
+        """All tensors that the map depends on: x, the parameters, and parametrised weights in place of their own."""
+        parameters = [p for name, p in self.cell.named_parameters() if "parametrizations." not in name]
+        return [x, *parameters, *parametrize._cache.values()]  # pyright: ignore[reportReturnType]
+
+    def _push(self, f: Map, z_star: Tensor, state: State | None, output: Tensor) -> Tensor:
+        """Makes the equilibrium differentiable in forward mode."""
+        with torch.no_grad():
+            tangent = self.gradient.tangent(f, z_star, state=state)
+        if tangent is not None and output.requires_grad:
+            name = type(self.gradient).__name__
+            message = f"the tangent of an equilibrium cannot be differentiated by {name}: use the gradient Unrolled"
+            tangent = refuse_reverse(tangent, message, output)
+        return with_tangent(output, tangent)
 
     @contextmanager
     def bind(self, x: Tensor) -> Iterator[Map]:

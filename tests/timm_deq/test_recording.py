@@ -90,6 +90,23 @@ def test_export(solver):
         assert_close(program.module()(IMAGES), net(IMAGES))
 
 
+@pytest.mark.parametrize("settings", [{}, {"while_loop": True, "memory": 2}], ids=["static", "while_loop"])
+@pytest.mark.parametrize("recorded", [True, False], ids=["grad", "no_grad"])
+def test_an_exported_program_is_saved_and_loaded(settings, recorded):
+    """With parameters that require a gradient, and for batches of any size where the loop is static."""
+    net = model(**settings)
+    dynamic = None if settings else ({0: torch.export.Dim("batch", min=2, max=64)},)
+    with torch.set_grad_enabled(recorded):
+        program = torch.export.export(net, (IMAGES,), dynamic_shapes=dynamic)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    images = torch.cat([IMAGES, 2 * IMAGES[:1]]) if dynamic else IMAGES
+    with torch.no_grad():
+        assert_close(loaded(images), net(images))
+
+
 class RotatingCell(torch.nn.Module):
     """`f(z, x) = 0.8 Q z + x` with an orthogonal Q."""
 

@@ -5,34 +5,61 @@ replaces $g$ by $u$; f's own backward pass then takes $u$ to the parameters.
 """
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from timm_deq.fixed_point import Map
-from timm_deq.gradients.base import BackwardCallback, Gradient
+from timm_deq.gradients.base import BackwardCallback, Gradient, with_present_weights
 from timm_deq.jacobian import TransposedJacobian
 from timm_deq.solution import Solution
 from timm_deq.solvers.base import State
+from timm_deq.transforms import forward_mode, func_transforms, refuse_reverse, tangent_of, with_tangent
 
 
 class AdjointGradient(Gradient):
     """Base of the gradients that differ only in how they solve the adjoint system.
 
     Where f is recorded by `torch.fx`, which knows no autograd, the recorded steps are differentiated instead.
+
+    Attributes:
+        twice_differentiable: Whether `solve` is exact, up to a tolerance, so that u may be differentiated implicitly.
     """
 
+    twice_differentiable: ClassVar[bool] = False
+
     @abstractmethod
-    def solve(self, adjoint: Map, g: Tensor, start: Tensor | None, state: State | None) -> Solution | Tensor:
-        """Returns the adjoint u, or the solution that holds it.
+    def solve(
+        self, system: Map, g: Tensor, start: Tensor | None, state: State | None, *, transposed: bool
+    ) -> Solution | Tensor:
+        """Return the solution u of a linear system, or the :class:`Solution` that holds it.
 
         Args:
-            adjoint: `u -> J^T u + g`, whose fixed point is u.
-            g: The cotangent, `(B, ...)`, in float32 or better, scaled to at most one per sample.
+            system: `u -> J^T u + g`, whose fixed point is u; `u -> J u + g` for a tangent.
+            g: The cotangent or the tangent, `(B, ...)`, in float32 or better, scaled to at most one per sample.
             start: A first guess, in the same scale.
             state: The last state of the forward solver.
+            transposed: Whether the system is that of the adjoint.
         """
+
+    def tangent(self, f: Map, z_star: Tensor, *, state: State | None = None) -> Tensor | None:
+        """Solve `t = J t + b` with the tangent b of f at a constant `z_star`, in place of the adjoint system."""
+        b = tangent_of(f(z_star))
+        if b is None:
+            return None
+        b = b.to(torch.promote_types(b.dtype, torch.float32))
+        scale = _scale_of(b)
+
+        def system(t: Tensor) -> Tensor:
+            pushed = tangent_of(f(with_tangent(z_star, t * scale)))
+            assert pushed is not None
+            return pushed.to(t.dtype) / scale
+
+        solution = self.solve(system, b / scale, None, state, transposed=False)
+        return (solution if isinstance(solution, Tensor) else solution.value) * scale
 
     def attach(
         self,
@@ -42,19 +69,30 @@ class AdjointGradient(Gradient):
         state: State | None = None,
         start: Tensor | None = None,
         report: BackwardCallback | None = None,
+        inputs: Sequence[Tensor] = (),
     ) -> Tensor:
-        return z_star if isinstance(z_star, fx.Proxy) else self._attach(f, z_star, state, start, report)
+        return z_star if isinstance(z_star, fx.Proxy) else self._attach(f, z_star, state, start, report, inputs)
 
     @torch.compiler.disable()  # a nested autograd.grad cannot be compiled: one graph break
     def _attach(
-        self, f: Map, z_star: Tensor, state: State | None, start: Tensor | None, report: BackwardCallback | None
+        self,
+        f: Map,
+        z_star: Tensor,
+        state: State | None,
+        start: Tensor | None,
+        report: BackwardCallback | None,
+        inputs: Sequence[Tensor],
     ) -> Tensor:
+        if transforms := func_transforms():
+            if "Grad" in transforms:
+                raise RuntimeError(f"{self._refusal('torch.func.grad, vjp and jacrev')} or torch.autograd.grad")
+            return refuse_reverse(z_star, self._refusal("reverse mode over torch.func.jvp and vmap"), f(z_star))
         transposed = TransposedJacobian.at(f, z_star)
         if transposed.is_zero:  # a constant f: there is nothing to differentiate
             return z_star
 
         def solve(adjoint: Map, g: Tensor, scale: Tensor) -> Tensor:
-            solution = self.solve(adjoint, g, _usable_start(start, g, scale), state)
+            solution = self.solve(adjoint, g, _usable_start(start, g, scale), state, transposed=True)
             if isinstance(solution, Tensor):
                 return solution * scale
             u = solution.value * scale
@@ -62,7 +100,92 @@ class AdjointGradient(Gradient):
                 report(solution._replace(value=u))
             return u
 
-        return _Adjoint.apply(transposed.fz, transposed.z, z_star, solve)
+        inputs = [t for t in inputs if t.requires_grad]
+        connected = partial(self._connected_gradients, with_present_weights(f), z_star, transposed.fz, inputs)
+        return _Adjoint.apply(transposed.fz, transposed.z, z_star, solve, connected, *inputs)
+
+    def _refusal(self, route: str) -> str:
+        return f"the gradient {type(self).__name__} does not serve {route}: use the gradient Unrolled"
+
+    def _connected_gradients(
+        self, f: Map, z_star: Tensor, fz: Tensor, inputs: list[Tensor], g: Tensor, u: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of `inputs` for the cotangent `g`, themselves differentiable.
+
+        The adjoint u is the fixed point of `u -> J^T u + g`, and so it is differentiated as the equilibrium is: by the
+        same identity, above a J that depends on an equilibrium which is connected to `inputs`.
+        """
+        if not self.twice_differentiable:
+            raise RuntimeError(
+                f"the gradient {type(self).__name__} has no second derivative: it would miss how the equilibrium moves."
+                " Use Implicit, or Unrolled, whose derivatives of every order are those of the steps taken."
+            )
+        _check_inputs(fz, inputs)
+        is_open: list[bool] = []
+        z = _Gate.apply(self._attach(f, z_star, None, None, None, inputs), is_open)
+        fz = f(z)
+
+        def adjoint(u: Tensor) -> Tensor:
+            product = torch.autograd.grad(fz, z, u.to(fz.dtype), create_graph=True, materialize_grads=True)[0]
+            return product.to(u.dtype) + g
+
+        u = self._attach(adjoint, u, None, None, None, ())
+        gradients = torch.autograd.grad(fz, inputs, u.to(fz.dtype), create_graph=True, allow_unused=True)
+        is_open.append(True)
+        return gradients
+
+
+class _Gate(torch.autograd.Function):
+    """Identity of a tensor, through which nothing is back-propagated until it is open.
+
+    The gradients of `inputs` are to be the partial ones at a given z; their own derivatives pass through it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, is_open: list[bool]) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.is_open = is_open
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        return grads[0] if ctx.is_open else None, None
+
+
+def _check_inputs(fz: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Raises RuntimeError if `fz` depends on a leaf other than through `inputs`, or one input on another.
+
+    The part of the one would be missing in a second derivative, that of the other counted twice.
+    """
+    known = {t.grad_fn if t.grad_fn is not None else t for t in inputs}
+    reached = _ancestors(fz, known)
+    foreign = {t for t in reached if isinstance(t, Tensor)} - known
+    upstream = {t for input in inputs if input.grad_fn is not None for t in _ancestors(input, set())}
+    if len(foreign) > 1 or upstream & known - {t.grad_fn for t in inputs}:  # one is z itself
+        raise RuntimeError(
+            "a second derivative of an equilibrium needs the tensors that the cell depends on to be its input and its"
+            " parameters, none of which leads to another; for others use the gradient Unrolled"
+        )
+
+
+def _ancestors(tensor: Tensor, stop: set[Any]) -> set[Any]:
+    """The autograd nodes above a tensor, and the leaves themselves in place of theirs, as far as those of `stop`."""
+    nodes, seen = [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        node = getattr(node, "variable", node)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node not in stop and not isinstance(node, Tensor):
+            nodes += [following for following, _ in node.next_functions]
+    return seen
+
+
+def _scale_of(g: Tensor) -> Tensor:
+    """The largest modulus of each sample of `g` `(B, ...)`, `(B, 1, ...)`; 1 for a sample of zeros."""
+    scale = torch.linalg.vector_norm(g.flatten(1), ord=float("inf"), dim=1)
+    return torch.where(scale > 0, scale, 1).view(-1, *[1] * (g.ndim - 1))
 
 
 def _usable_start(start: Tensor | None, g: Tensor, scale: Tensor) -> Tensor | None:
@@ -81,29 +204,37 @@ class _Adjoint(torch.autograd.Function):
     """Forward: the value of `z_star`. Backward: hands `u` to `fz`, for a cotangent `g`."""
 
     @staticmethod
-    def forward(ctx: Any, fz: Tensor, z: Tensor, z_star: Tensor, solve: Any) -> Tensor:
+    def forward(ctx: Any, fz: Tensor, z: Tensor, z_star: Tensor, solve: Any, connected: Any, *inputs: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(fz, z)
-        ctx.solve = solve
+        ctx.solve, ctx.connected, ctx.inputs = solve, connected, len(inputs)
+        ctx.is_dual = forward_mode(fz)
         return z_star.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (cotangent,) = grads
+        if cotangent is None:
+            return None, None, None, None, None, *[None] * ctx.inputs
+        if torch._C._functorch.is_legacy_batchedtensor(cotangent):
             raise RuntimeError(
-                "the gradient of an equilibrium by its adjoint has no second derivative: it would miss how the "
-                'equilibrium moves. Use gradient="unrolled", whose derivatives of every order are those of the steps '
-                "taken."
+                "is_grads_batched=True and vectorize=True do not serve an equilibrium: back-propagate one cotangent at"
+                " a time, or use torch.func.jacfwd or the gradient Unrolled"
             )
+        if ctx.is_dual and forward_mode(cotangent):
+            raise RuntimeError("an equilibrium has no forward mode over its reverse mode: use the gradient Unrolled")
         fz, z = ctx.saved_tensors
         transposed = TransposedJacobian(z, fz)
-        (g,) = grads
-        # Per sample to unit size, so that no loss scale drives squared norms out of the range of float32.
-        g = g.to(torch.promote_types(g.dtype, torch.float32))
-        scale = torch.linalg.vector_norm(g.flatten(1), ord=float("inf"), dim=1)
-        scale = torch.where(scale > 0, scale, 1).view(-1, *[1] * (g.ndim - 1))
-        g = g / scale
+        with torch.no_grad():
+            # Per sample to unit size, so that no loss scale drives squared norms out of the range of float32.
+            g = cotangent.to(torch.promote_types(cotangent.dtype, torch.float32))
+            scale = _scale_of(g)
+            g = g / scale
 
-        def adjoint(u: Tensor) -> Tensor:
-            return transposed(u).to(u.dtype) + g
+            def adjoint(u: Tensor) -> Tensor:
+                return transposed(u).to(u.dtype) + g
 
-        return ctx.solve(adjoint, g, scale).to(fz.dtype), None, None, None
+            u = ctx.solve(adjoint, g, scale).to(fz.dtype)
+        if torch.is_grad_enabled():  # create_graph=True
+            return None, None, None, None, None, *ctx.connected(cotangent, u)
+        return u, None, None, None, None, *[None] * ctx.inputs

@@ -1,15 +1,17 @@
 """The interface of a gradient: a way to make the answer of a solve differentiable."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.nn.utils import parametrize
 
 from timm_deq.fixed_point import Map
 from timm_deq.solution import Solution
 from timm_deq.solvers.base import Solver, State
+from timm_deq.transforms import func_transforms
 
 BackwardCallback = Callable[[Solution], None]
 """Called with the solution of a backward solve, where there is one."""
@@ -45,6 +47,7 @@ class Gradient(ABC):
         state: State | None = None,
         start: Tensor | None = None,
         report: BackwardCallback | None = None,
+        inputs: Sequence[Tensor] = (),
     ) -> Tensor:
         """Returns a tensor with the value of `z_star` that is differentiable in what f depends on.
 
@@ -54,7 +57,18 @@ class Gradient(ABC):
             state: The solver's last state, for a gradient with a `required_solver`.
             start: Where the backward solve starts, `(B, ...)`, for a gradient that has one.
             report: Called with the solution of the backward solve, where there is one.
+            inputs: All tensors that f depends on, for a gradient whose second derivative needs them.
         """
+
+    def tangent(self, f: Map, z_star: Tensor, *, state: State | None = None) -> Tensor | None:
+        """Return the forward-mode derivative of `z_star`, with forward mode enabled; None if f has no tangent.
+
+        Args:
+            f: The map, of dual tensors.
+            z_star: The equilibrium, `(B, ...)`, without a tangent.
+            state: As of `attach`.
+        """
+        raise NotImplementedError  # where the solver is differentiated, its steps have the tangent
 
 
 def with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
@@ -64,22 +78,39 @@ def with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
     return _WithGradientOf.apply(source, value)
 
 
+def with_present_weights(f: Map) -> Map:
+    """f, which uses the parametrised weights that are cached now whenever it is called."""
+    weights = dict(parametrize._cache)
+
+    def evaluate(z: Tensor) -> Tensor:
+        with parametrize.cached():
+            parametrize._cache.update(weights)
+            return f(z)
+
+    return evaluate if weights else f
+
+
 def connect_to_graph(f: Map, z_star: Tensor) -> Tensor:
     """Connects a recorded `z_star` to what f depends on, even if no step of f led to it.
 
     Its derivative is then zero, but known: a rank without any would keep the others waiting. The result is a new
     tensor, because hooks that change an output in place, as FSDP's do, must not reach the recorded solve.
     """
-    if isinstance(z_star, fx.Proxy) or z_star.requires_grad:
+    if isinstance(z_star, fx.Proxy) or z_star.requires_grad or func_transforms():
         return z_star.clone()
     return with_gradient_of(z_star, 0 * f(z_star))
 
 
 class _WithGradientOf(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, source: Tensor, value: Tensor) -> Tensor:
-        ctx.dtype = source.dtype
+    def forward(source: Tensor, value: Tensor) -> Tensor:
         return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -8,6 +8,7 @@ a fixed point again, found by the same loop with products with $J^\top$ along on
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,7 +28,9 @@ class Implicit(AdjointGradient):
             loss is of no matter.
     """
 
+    twice_differentiable: ClassVar[bool] = True
+
     solver: Solver = field(default_factory=Anderson)
 
-    def solve(self, adjoint: Map, g: Tensor, start: Tensor | None, state: State | None) -> Solution:
-        return fixed_point(adjoint, g if start is None else start, self.solver)
+    def solve(self, system: Map, g: Tensor, start: Tensor | None, state: State | None, *, transposed: bool) -> Solution:
+        return fixed_point(system, g if start is None else start, self.solver)

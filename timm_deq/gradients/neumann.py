@@ -32,8 +32,8 @@ class Neumann(AdjointGradient):
     def __post_init__(self) -> None:
         check_integer("terms", self.terms, 1)
 
-    def solve(self, adjoint: Map, g: Tensor, start: Tensor | None, state: State | None) -> Tensor:
+    def solve(self, system: Map, g: Tensor, start: Tensor | None, state: State | None, *, transposed: bool) -> Tensor:
         u = g
         for _ in range(self.terms - 1):
-            u = adjoint(u)
+            u = system(u)
         return u

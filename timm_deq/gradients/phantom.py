@@ -10,6 +10,7 @@ where the damped iteration contracts. $k = 1$, $\tau = 1$ is Jacobian-free backp
 2022). Its second derivatives are those of the truncated series, with $z^*$ held constant.
 """
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from timm_deq.fixed_point import Map
 from timm_deq.gradients.base import BackwardCallback, Gradient, with_gradient_of
 from timm_deq.solvers.base import State, check_integer, check_number
+from timm_deq.transforms import tangent_of
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,14 @@ class Phantom(Gradient):
         state: State | None = None,
         start: Tensor | None = None,
         report: BackwardCallback | None = None,
+        inputs: Sequence[Tensor] = (),
     ) -> Tensor:
-        z = z_star
+        return with_gradient_of(z_star, self._steps(f, z_star))
+
+    def tangent(self, f: Map, z_star: Tensor, *, state: State | None = None) -> Tensor | None:
+        return tangent_of(self._steps(f, z_star))
+
+    def _steps(self, f: Map, z: Tensor) -> Tensor:
         for _ in range(self.steps):
             z = z + self.damping * (f(z) - z)
-        return with_gradient_of(z_star, z)
+        return z

@@ -10,18 +10,19 @@ and each evaluation is repeated, at the iterate found in this way, when its turn
 are linear, so autograd saves no state for them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from timm_deq.fixed_point import Map
-from timm_deq.gradients.base import BackwardCallback, Gradient, connect_to_graph
+from timm_deq.gradients.base import BackwardCallback, Gradient, connect_to_graph, with_present_weights
 from timm_deq.solvers.base import Solver, State, is_tracing, where_rows
 from timm_deq.solvers.reversible import ReversibleIteration, ReversibleState
+from timm_deq.transforms import func_transforms, tangents_enabled
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Reversible(Gradient):
 
     def prepare(self, f: Map, solver: Solver) -> Map:
         assert isinstance(solver, ReversibleIteration)
+        if func_transforms() or tangents_enabled():  # none repeats an evaluation as it was: the steps are stored
+            return f
         return _ReversedMap(f, solver.damping)
 
     def attach(
@@ -47,8 +50,11 @@ class Reversible(Gradient):
         state: State | None = None,
         start: Tensor | None = None,
         report: BackwardCallback | None = None,
+        inputs: Sequence[Tensor] = (),
     ) -> Tensor:
-        assert isinstance(f, _ReversedMap) and isinstance(state, ReversibleState)
+        if not isinstance(f, _ReversedMap):
+            return connect_to_graph(f, z_star)
+        assert isinstance(state, ReversibleState)
         f.end = ReversibleState(*(t.detach() for t in state))
         return connect_to_graph(f.f, z_star)
 
@@ -58,7 +64,7 @@ class _ReversedMap:
 
     def __init__(self, f: Map, damping: float) -> None:
         self.f, self.damping = f, damping
-        self.weights = dict(parametrize._cache)  # computed for this solve, and not to be computed again
+        self.again = with_present_weights(f)  # those of this solve are not to be computed again
         self.calls = 0
         self.start = torch.empty(0)
         self.end: ReversibleState | None = None  # where each sample's iteration ended; known when the solve is over
@@ -97,11 +103,9 @@ class _ReversedMap:
         return fz
 
     def _evaluate(self, *, tracked: bool) -> Tensor:
-        with parametrize.cached():
-            parametrize._cache.update(self.weights)
-            # The start is known, and kept: it is most often zero, where rounding would put a ReLU on its other side.
-            z = self.present.reshape_as(self.start).to(self.start.dtype) if self.number else self.start
-            return self.f(z.detach().clone().requires_grad_(tracked))
+        # The start is known, and kept: it is most often zero, where rounding would put a ReLU on its other side.
+        z = self.present.reshape_as(self.start).to(self.start.dtype) if self.number else self.start
+        return self.again(z.detach().clone().requires_grad_(tracked))
 
     def _go_back(self, fz: Tensor) -> None:
         """From the iterate at which f was evaluated to the one before; a sample that ended later waits at its last."""

@@ -41,10 +41,14 @@ class Shine(AdjointGradient):
     def __post_init__(self) -> None:
         check_integer("refine", self.refine, 0)
 
-    def solve(self, adjoint: Map, g: Tensor, start: Tensor | None, state: State | None) -> Solution | Tensor:
+    def solve(
+        self, system: Map, g: Tensor, start: Tensor | None, state: State | None, *, transposed: bool
+    ) -> Solution | Tensor:
         if not isinstance(state, BroydenState):
             raise ValueError(f"state must be Broyden's for the gradient Shine, got {type(state).__name__}")
-        us, vs = state.vs.to(g.dtype), state.us.to(g.dtype)  # transposed: the factors change places
+        us, vs = state.us.to(g.dtype), state.vs.to(g.dtype)
+        if transposed:  # the factors change places
+            us, vs = vs, us
         if start is None:
             flat = g.flatten(1)
             u = -apply_inverse(flat, us, vs)
@@ -54,7 +58,7 @@ class Shine(AdjointGradient):
         # A copy, for Broyden's method writes in place and the backward pass may be asked for again.
         seed = state._replace(us=us.clone(), vs=vs.clone(), step=max(state.step, 1))
         solver = _Refinement(memory=us.shape[1], seed=seed)
-        return fixed_point(adjoint, start, solver, tol=0, max_steps=self.refine + 1)
+        return fixed_point(system, start, solver, tol=0, max_steps=self.refine + 1)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Exact for the truncated iteration that was run, whatever its residual; its memor
 steps is the solver's `max_steps`, so it is no argument here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,5 +29,6 @@ class Unrolled(Gradient):
         state: State | None = None,
         start: Tensor | None = None,
         report: BackwardCallback | None = None,
+        inputs: Sequence[Tensor] = (),
     ) -> Tensor:
         return connect_to_graph(f, z_star)

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from timm_deq.transforms import forward_mode, func_transforms
+
 State = Any
 """What a solver carries from step to step: a NamedTuple of tensors `(B, ...)` and Python integers, or ()."""
 
@@ -134,10 +136,14 @@ def where_rows(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def is_differentiated(*tensors: Tensor) -> bool:
-    """Whether autograd records operations on any of the tensors, or a recorded program may have to."""
+    """Whether operations on any of the tensors are differentiated, batched by vmap, or recorded in a program.
+
+    Then none may be changed in place: autograd may have saved it, vmap may have to add a dimension to it.
+    """
     if isinstance(tensors[0], fx.Proxy):
         return True
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return recorded or forward_mode(tensors[0]) or (not torch.compiler.is_compiling() and "Vmap" in func_transforms())
 
 
 def can_read_without_sync(z: Tensor) -> bool:
@@ -146,12 +152,13 @@ def can_read_without_sync(z: Tensor) -> bool:
 
 
 def is_tracing(z: Tensor) -> bool:
-    """Whether the program is being recorded, or runs on shapes alone, so that no value may be read."""
+    """Whether the program is being recorded or batched, or runs on shapes alone, so that no value may be read."""
     return (
         isinstance(z, fx.Proxy)
         or torch.compiler.is_compiling()  # torch.compile and torch.export
         or torch.jit.is_tracing()
         or z.is_meta
+        or "Vmap" in func_transforms()  # of a batch of programs, one value cannot be read
     )
 
 
