@@ -5,10 +5,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from itertools import combinations
+from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
+from recipes.images.labels import pc
 from recipes.images.sources import ImageSplit
 
 _TAIL = 4096  # bytes at the end of an image, which nearly always tell it apart from others of its size
@@ -55,7 +56,8 @@ def _ends(split: ImageSplit, indices: np.ndarray) -> Iterator[tuple[int, int, by
     chosen = np.zeros(len(split.labels), dtype=bool)
     chosen[indices] = True
     start = 0
-    for table in split.encoded.with_format("arrow").iter(batch_size=1000):
+    tables: Any = split.encoded.with_format("arrow").iter(batch_size=1000)
+    for table in tables:
         column = table[split.image_column].combine_chunks()
         contents, paths = pc.struct_field(column, "bytes"), pc.struct_field(column, "path").to_pylist()
         for i in np.flatnonzero(chosen[start : start + len(column)]):

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -35,11 +36,10 @@ _METADATA: dict[str, Callable[[str], pa.Table]] = {
 
 # Files that hold many images or name them, by extension: the reader of `datasets`, its arguments, and whether they can
 # hold the images themselves.
-_READERS: dict[str, tuple[str, dict[str, str], bool]] = {
+_READERS: dict[str, tuple[str, dict[str, Any], bool]] = {
     ".parquet": ("parquet", {}, True),
     ".arrow": ("arrow", {}, True),
     ".tar": ("webdataset", {}, True),
-    ".zip": ("imagefolder", {}, True),
     ".csv": ("csv", {}, False),
     ".tsv": ("csv", {"sep": "\t"}, False),
     ".jsonl": ("json", {}, False),
@@ -77,7 +77,9 @@ def open_folder(folder: Path) -> dict[str, datasets.Dataset]:
     if naming or (tables and not splits):
         return _open_tables(folder, naming or tables)
     if not splits:
-        raise LayoutError(f"folder {str(folder)!r} has no images; allowed: images by class, or files that hold some")
+        raise LayoutError(
+            f"folder {str(folder)!r} has no images; allowed: images by class, or files of images, unpacked"
+        )
     return splits
 
 

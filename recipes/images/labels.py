@@ -10,12 +10,13 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 
 from recipes.errors import UserError
 
 _ALLOWED = "class labels, integers of 0 or more, truth values or strings, one for each image"
 
+pc: Any = pyarrow.compute  # whose functions are made at import
 _MOST = 1 << 20  # classes that are counted from 0 on without looking whether they occur
 
 
@@ -80,7 +81,7 @@ def _check_range(split: str, labels: np.ndarray, feature: Any) -> None:
 
 def used_names(codes: np.ndarray, names: Sequence[str]) -> list[str]:
     """The names that occur, in their order."""
-    return [names[k] for k in np.unique(codes)]
+    return [names[int(k)] for k in np.unique(codes)]
 
 
 def declared_names(names: list[str], feature: Any) -> list[str]:

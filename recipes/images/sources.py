@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -137,7 +138,8 @@ def open_dataset(name: str, config: str | None = None, revision: str | None = No
     except LayoutError:
         raise
     except Exception as error:  # the readers of the many formats share no base class
-        reason = " ".join(str(error).split()) or type(error).__name__
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split()) or type(cause).__name__
         raise UserError(f"dataset {name!r} cannot be opened: {reason}; allowed: {_ALLOWED}") from error
     assert isinstance(opened, datasets.DatasetDict)
     return {str(split): with_pictures(rows, [folder] if local else []) for split, rows in opened.items()}
@@ -170,6 +172,7 @@ def _saved_splits(folder: Path) -> dict[str, Path]:
 
 def _open_saved(folder: Path) -> dict[str, datasets.Dataset]:
     """What `save_to_disk` wrote, in the format in which rows are plain."""
+    opened: Any
     if apart := _saved_splits(folder) if not (folder / "dataset_dict.json").exists() else {}:
         opened = {name: datasets.load_from_disk(path) for name, path in apart.items()}
     else:
@@ -197,7 +200,7 @@ def load_splits(
     _check_split(splits, "test_split", test_split)
     if train_split == test_split:
         raise UserError(f"test_split {test_split!r} is the train split; allowed: another of {shorten([*splits])}")
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     train = load_split(splits, train_split, **columns, class_names=class_names)
     return train, load_like(splits, test_split, train)
 
@@ -208,7 +211,7 @@ def load_like(splits: Mapping[str, datasets.Dataset], name: str, train: ImageSpl
     Raises:
         UserError: as of `load_split`; or it has a class that the train split lacks.
     """
-    columns = {"image_column": train.image_column, "label_column": train.label_column}
+    columns: dict[str, Any] = {"image_column": train.image_column, "label_column": train.label_column}
     return load_split(splits, name, **columns, class_names=train.class_names, whose=f"split {train.name!r}")
 
 
