@@ -118,12 +118,7 @@ def _flag(name: str, value: Any) -> Iterator[str]:
             yield from _flag(f"{name}.{key}", item)
         return
     yield f"--{name}"
-    if isinstance(value, str) and "." not in name:
-        yield value
-    elif isinstance(value, str) and yaml.safe_load(value) == value:
-        yield value
-    else:
-        yield json.dumps(value)
+    yield value if isinstance(value, str) else json.dumps(value)
 
 
 def refusal(message: str, names: Sequence[str]) -> str:

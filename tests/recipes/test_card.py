@@ -135,7 +135,7 @@ def test_names_of_the_hub(name):
     "name",
     "hf-hub: hf-hub:a/b/c hf-hub:a//b hf-hub:/a hf-hub:a/ hf-hub:.a/b hf-hub:a/b@ hf-hub:a/b@../c hf-hub:a/b@c/../d "
     "hf-hub:a/b@/c hf-hub:a/b@c@d hf-hub:a/b.git hf-hub:a/b--c hf-hub:a/b@c.lock hf-hub:a/b@.c hf-hub:a/%2e%2e "
-    "hf-hub:a/é hf-hub:a/b@c\\d hf-hub:a/b\n local-dir:a".split(" "),
+    "hf-hub:a/é hf-hub:a/b@c\\d hf-hub:a/b@c..d hf-hub:a/b..c hf-hub:a/b\n local-dir:a".split(" "),
 )
 def test_names_that_the_hub_cannot_have(name):
     with pytest.raises(UserError, match="^model is .*; allowed: hf-hub:ORG/NAME, or hf-hub:ORG/NAME@REVISION$"):

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 import recipes.train
 from recipes.push import main
 from recipes.training import hub_client
+from recipes.training.bundle import collect
 
 pytestmark = [
     pytest.mark.usefixtures("one_cpu_and_no_network"),
@@ -43,6 +44,18 @@ def run(finished, tmp_path):
     """The same, to be changed."""
     subprocess.run(["cp", "-r", finished, tmp_path / "run"], check=True)
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def collected(finished):
+    return collect(finished, "lab/net")
+
+
+@pytest.fixture
+def ready(finished, collected, monkeypatch):
+    """The run, and nothing to be done before it is sent: most of the time of a push."""
+    monkeypatch.setattr("recipes.training.hub.collect", lambda *_, **__: dict(collected))
+    return finished
 
 
 @pytest.fixture
@@ -136,10 +149,10 @@ PASSING = {
 
 
 @pytest.mark.parametrize("case", PASSING)
-def test_what_passes_ends_in_one_commit(hub, finished, waits, case):
+def test_what_passes_ends_in_one_commit(hub, ready, waits, case):
     pattern, faults, expected = PASSING[case]
     hub.fail(pattern, *faults)
-    assert main([str(finished), "lab/net"]) == 0
+    assert main([str(ready), "lab/net"]) == 0
     (commit,) = pushed(hub)
     assert list(commit.changed) == WHOLE and not any(rest for _, rest in hub.faults)
     assert waits if expected is None else waits == expected
@@ -170,10 +183,10 @@ LASTING = {
 
 
 @pytest.mark.parametrize("case", LASTING)
-def test_what_lasts_ends_in_one_line_and_no_commit(hub, finished, waits, capsys, case):
+def test_what_lasts_ends_in_one_line_and_no_commit(hub, ready, waits, capsys, case):
     pattern, faults, message, expected = LASTING[case]
     hub.fail(pattern, *faults)
-    assert main([str(finished), "lab/net"]) == 2
+    assert main([str(ready), "lab/net"]) == 2
     error = one_line(capsys)
     assert error.startswith("hf-hub:lab/net cannot be pushed to: ") and message in error
     assert not pushed(hub) and (expected is None or waits == expected)
@@ -196,20 +209,29 @@ def test_how_long_the_hub_asks_to_wait(monkeypatch, headers, seconds):
     assert hub_client.retry_after(headers) == seconds
 
 
-def test_an_answer_that_does_not_come_is_not_waited_for(hub, finished, waits, monkeypatch):
+def test_a_large_file_in_parts(hub, ready, waits, monkeypatch):
+    monkeypatch.setattr(hub, "part_size", 200_000)
+    hub.fail("PUT ", status(500), cut)
+    hub.fail("POST /complete/", status(503, 3), lost)
+    assert main([str(ready), "lab/net"]) == 0
+    (commit,) = pushed(hub)
+    assert list(commit.changed) == WHOLE and len(hub.parts) == 4 and len(waits) == 4 and 4 in waits
+
+
+def test_an_answer_that_does_not_come_is_not_waited_for(hub, ready, waits, monkeypatch):
     monkeypatch.setattr(hub_client, "TIMEOUT", 0.3)
     hub.fail("POST .*/commit/", slow(1.0))
-    assert main([str(finished), "lab/net"]) == 0
+    assert main([str(ready), "lab/net"]) == 0
     assert waits == [1] and len(pushed(hub)) == 1
 
 
-def test_a_commit_of_somebody_else_in_between_is_kept(hub, finished, waits):
+def test_a_commit_of_somebody_else_in_between_is_kept(hub, ready, waits):
     def theirs():
         repo = hub.repos["lab/net"]
         repo.commit("main", "theirs", repo.find("main").files | {"notes.txt": File(b"theirs")})
 
     hub.fail("POST .*/commit/", meanwhile(theirs))
-    assert main([str(finished), "lab/net"]) == 0
+    assert main([str(ready), "lab/net"]) == 0
     ours, before = pushed(hub)
     assert waits == [1] and before.title == "theirs" and list(ours.changed) == WHOLE and "notes.txt" in ours.files
 
@@ -257,10 +279,10 @@ def test_no_network(hub, waits):
 
 
 @pytest.mark.parametrize("user", [User("ada", {"lab": "read"}), User("bob"), User("ada", {"lab": "write"}, "read")])
-def test_no_right_to_the_repository(hub, finished, capsys, user):
+def test_no_right_to_the_repository(hub, ready, capsys, user):
     HfApi().create_repo("lab/net")
     hub.users["hf_kept_secret"] = user
-    assert main([str(finished), "lab/net"]) == 2
+    assert main([str(ready), "lab/net"]) == 2
     assert "answered 403: You don't have the rights to write to lab/net" in one_line(capsys) and not pushed(hub)
 
 
@@ -286,15 +308,15 @@ def test_a_run_that_has_not_finished(hub, run, capsys, missing):
 
 
 @pytest.mark.parametrize("held", ['{"architecture": "resnet18"}', '{"model_type": "bert"}', "[]", "no JSON"])
-def test_another_architecture_is_not_overwritten_unawares(hub, finished, capsys, held):
+def test_another_architecture_is_not_overwritten_unawares(hub, ready, capsys, held):
     api = HfApi()
     api.create_repo("lab/net")
     api.upload_file(path_or_fileobj=held.encode(), path_in_repo="config.json", repo_id="lab/net")
-    assert main([str(finished), "lab/net"]) == 2
+    assert main([str(ready), "lab/net"]) == 2
     error = one_line(capsys)
     assert "allowed: 'deq_resnet8_cifar', or --overwrite" in error and len(pushed(hub)) == 1
     assert "'resnet18'" in error or "a model that is not timm's" in error
-    assert main([str(finished), "lab/net", "--overwrite"]) == 0
+    assert main([str(ready), "lab/net", "--overwrite"]) == 0
     assert len(pushed(hub)) == 2
 
 
