@@ -150,8 +150,8 @@ def differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
         flat.append(spelt)
     keys = dict.fromkeys(key for setting in flat for key in setting)
     differing = [key for key in keys if len({json.dumps(setting.get(key)) for setting in flat}) > 1]
-    told = [[key for key in differing if key in s and s[key] != defaults.get(key)] for s in flat]
-    return [" ".join(f"{key}={s[key]}" for key in keys) or "defaults" for s, keys in zip(flat, told, strict=True)]
+    shown = [[key for key in differing if key in s and s[key] != defaults.get(key)] for s in flat]
+    return [" ".join(f"{key}={s[key]}" for key in keys) or "defaults" for s, keys in zip(flat, shown, strict=True)]
 
 
 def measurements(results: Mapping[str, Any]) -> dict[str, float]:

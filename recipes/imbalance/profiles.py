@@ -29,7 +29,7 @@ from recipes.errors import UserError
 
 Groups = dict[str, list[int]]
 
-_RANKING = 3  # its own random stream, beside those of recipes/training/manifest.py
+_RANKING = 3  # its own random stream, other than those of recipes/training/manifest.py
 
 # Few below the first, many above the second: images of a class (Liu et al. 2019), or shares of the classes.
 _BOUNDS = {"thresholds": (20, 100), "quantiles": (1 / 3, 2 / 3)}
@@ -63,7 +63,7 @@ def two_group(
 
     Raises:
         UserError: K_A outside 0..K, a class outside 0..K-1 or given twice, R below 1, R so large that a minority
-            class is empty, or an order beside majority classes given by number.
+            class is empty, or an order together with majority classes given by number.
     """
     num_classes, largest = len(sizes), int(sizes.min())
     order = rank_classes(class_order, num_classes)

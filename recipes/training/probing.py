@@ -52,7 +52,7 @@ def chosen_groups(subject: Subject) -> Groups:
     args = subject.args
     groups = {} if subject.manifest is None or subject.known is None else subject.manifest.groups
     if args.groups and args.majority:
-        raise UserError(f"groups is {args.groups} beside majority {args.majority}; allowed: one of them")
+        raise UserError(f"groups is {args.groups} and majority is {args.majority}; allowed: one of them")
     if args.majority:
         majority = args.majority[0] if len(args.majority) == 1 else args.majority
         _, groups = two_group(np.ones(subject.num_classes, dtype=int), majority=majority, ratio=1)
