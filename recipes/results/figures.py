@@ -32,16 +32,17 @@ Drawing = Callable[[], Figure]
 """A figure yet to be drawn."""
 
 
-def save_figures(folder: Path, figures: Mapping[str, Drawing]) -> None:
+def save_figures(folder: Path, figures: Mapping[str, Drawing], *, dpi: int = 150, **settings: Any) -> None:
     """Draw figures, by name, into a folder, each as NAME.png, complete or absent.
 
-    One that fails is left out with a warning, as the numbers that it shows are on the disk before.
+    One that fails is left out with a warning, as the numbers that it shows are on the disk before. `settings` are those
+    of matplotlib's `savefig`.
     """
     for name, draw in figures.items():
         path, draft = folder / f"{name}.png", folder / f".{name}.png.draft"
         try:
             folder.mkdir(exist_ok=True)
-            draw().savefig(draft, format="png", dpi=150)
+            draw().savefig(draft, format="png", dpi=dpi, **settings)
             os.replace(draft, path)
         except Exception as error:
             if sys.flags.dev_mode:

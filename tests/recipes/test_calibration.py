@@ -68,7 +68,7 @@ def test_confusion_figure_shows_shares_of_each_class(classes):
         np.testing.assert_allclose(shown[i].filled(np.nan), expected)
     labels = [text.get_text() for text in axes.get_yticklabels()]
     if classes <= 25:
-        assert labels == [f"class…mber {k}" for k in range(classes)]
+        assert labels == [f"class…ber {k}" for k in range(classes)]
     else:
         assert len(labels) <= 12
     written = {(t.get_position()[1], t.get_position()[0]): t.get_text() for t in axes.texts}
