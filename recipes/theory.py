@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -75,6 +76,7 @@ def read_flags(argv: Sequence[str] | None = None) -> tuple[str, bool, Settings]:
 def run(output: str, verify: bool, settings: Settings) -> list[Row]:
     """Compute and write everything, and return the checks that have failed, which end the command with code 1."""
     # Seconds to import, which a mistyped flag need not wait for.
+    from recipes.results.figures import save_figures
     from recipes.results.theory import checks, figure, page, search, tables
     from recipes.training.checkpoint import new_folder, to_json, whole_folder, write_text
 
@@ -98,7 +100,7 @@ def run(output: str, verify: bool, settings: Settings) -> list[Row]:
         results = {"settings": asdict(settings), **rows, "seconds": time.perf_counter() - started, **versions()}
         write_text(draft / "theory.json", to_json(results, indent=1))
         write_text(draft / "theory.md", text)
-        figure.theory_figure(settings).savefig(draft / "theory.png", dpi=100, pil_kwargs={"optimize": True})
+    save_figures(folder, {"theory": partial(figure.theory_figure, settings)}, dpi=100, pil_kwargs={"optimize": True})
     failed = [row for row in rows.get("checks", ()) if not row["holds"]]
     for row in failed:
         print(f"failed: {row['name']} is {row['value']:.6g}; {row['where']}", file=sys.stderr)
