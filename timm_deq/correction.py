@@ -73,7 +73,7 @@ class FixedPointCorrection(HookContext):
         ]
 
     def split(self, logits: Tensor) -> tuple[Tensor, ...]:
-        """The n + 1 parts `(B, ...)` of an output `((n + 1) B, ...)`; the last is that of the equilibrium.
+        """Return the n + 1 parts `(B, ...)` of an output `((n + 1) B, ...)`; the last is that of the equilibrium.
 
         Raises:
             ValueError: The length of `logits` is no multiple of n + 1.
@@ -84,7 +84,7 @@ class FixedPointCorrection(HookContext):
         return logits.tensor_split(parts)
 
     def loss(self, criterion: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor) -> Tensor:
-        """The weighted mean of `criterion(part, labels)` over the parts of `logits`.
+        """Return the weighted mean of `criterion(part, labels)` over the parts of `logits`.
 
         Args:
             criterion: A loss of logits `(B, ...)` and labels `(B, ...)`.

@@ -32,7 +32,7 @@ class VariationalDropout(nn.Module):
         self.calls = 0  # within one evaluation: the cell may call this module more than once
 
     def forward(self, z: Tensor) -> Tensor:
-        """z `(B, ...)` with elements zeroed, and the others scaled by `1 / (1 - p)`."""
+        """Return z `(B, ...)` with elements zeroed, and the others scaled by `1 / (1 - p)`."""
         if not self.training or self.p == 0 or self.masks is None:
             return F.dropout(z, self.p, self.training)
         if self.calls == len(self.masks):
@@ -47,7 +47,7 @@ class VariationalDropout(nn.Module):
 
 
 def one_mask_per_solve(cell: nn.Module, f: Map) -> Map:
-    """f, whose variational dropouts keep the masks of its first evaluation; f itself if it has none that drops."""
+    """Let the variational dropouts of f keep the masks of its first evaluation; return f itself if none drops."""
     layers = [m for m in cell.modules() if isinstance(m, VariationalDropout) and m.training and m.p > 0]
     if not layers:
         return f

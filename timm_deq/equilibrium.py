@@ -91,7 +91,7 @@ class Equilibrium(nn.Module):
 
     @outside_inference_mode
     def forward(self, x: Tensor, z0: Tensor | None = None, u0: Tensor | None = None) -> Tensor:
-        """Solves for the equilibrium.
+        """Solve for the equilibrium.
 
         Args:
             x: The input injected into the cell, `(B, ...)`.
@@ -131,7 +131,7 @@ class Equilibrium(nn.Module):
             return self._push(f, z_star, state, output) if pushes else output
 
     def _attach(self, f: Map, x: Tensor, z_star: Tensor, state: State | None, start: Tensor | None) -> Tensor:
-        """Makes the equilibrium differentiable in reverse mode."""
+        """Make the equilibrium differentiable in reverse mode."""
         if autocast_enabled(x) and not is_tracing(x):
             # Older torch keeps the casts made while gradients were disabled: the weights would be cut off.
             torch.clear_autocast_cache()
@@ -139,12 +139,12 @@ class Equilibrium(nn.Module):
         return self.gradient.attach(f, z_star, state=state, start=start, report=report, inputs=self._inputs(x))
 
     def _inputs(self, x: Tensor) -> list[Tensor]:
-        """All tensors that the map depends on: x, the parameters, and parametrised weights in place of their own."""
+        """Return all tensors that the map depends on: x, parameters, and parametrised weights in place of theirs."""
         parameters = [p for name, p in self.cell.named_parameters() if "parametrizations." not in name]
         return [x, *parameters, *parametrize._cache.values()]  # pyright: ignore[reportReturnType]
 
     def _push(self, f: Map, z_star: Tensor, state: State | None, output: Tensor) -> Tensor:
-        """Makes the equilibrium differentiable in forward mode."""
+        """Make the equilibrium differentiable in forward mode."""
         with torch.no_grad():
             tangent = self.gradient.tangent(f, z_star, state=state)
         if tangent is not None and output.requires_grad:
@@ -155,7 +155,7 @@ class Equilibrium(nn.Module):
 
     @contextmanager
     def bind(self, x: Tensor) -> Iterator[Map]:
-        """Gives `z -> cell(z, x)`, the map that a forward with this input solves.
+        """Yield `z -> cell(z, x)`, the map that a forward with this input solves.
 
         A context, because parametrised weights are computed once and held for its length. Dropout masks inside the
         cell are drawn at the first evaluation, and kept.
@@ -170,25 +170,25 @@ class Equilibrium(nn.Module):
             yield self._map(x)
 
     def initial_state(self, x: Tensor) -> Tensor:
-        """Where a solve starts by default: the cell's `initial_state(x)` or zeros, in float32 under autocast."""
+        """Return where a solve starts by default: the cell's `initial_state(x)` or zeros, in float32 under autocast."""
         initial_state: Callable[[Tensor], Tensor] = getattr(self.cell, "initial_state", torch.zeros_like)
         z0 = initial_state(x)
         return z0.to(torch.promote_types(z0.dtype, torch.float32)) if autocast_enabled(z0) else z0
 
     def register_solution_hook(self, hook: SolutionHook) -> RemovableHandle:
-        """Has `hook` called after each solve; the handle removes it."""
+        """Call `hook` after each solve; the handle removes it."""
         handle = RemovableHandle(self._solution_hooks)
         self._solution_hooks[handle.id] = hook
         return handle
 
     def register_iterate_hook(self, hook: IterateHook) -> RemovableHandle:
-        """Has `hook` called with the iterates of each forward solve, before each evaluation; the handle removes it."""
+        """Call `hook` with the iterates of each forward solve, before each evaluation; the handle removes it."""
         handle = RemovableHandle(self._iterate_hooks)
         self._iterate_hooks[handle.id] = hook
         return handle
 
     def _solve(self, f: Map, x: Tensor, z0: Tensor, *, gather: bool) -> Solution:
-        """Runs the loop, and reports the solution to the hooks."""
+        """Run the loop, and report the solution to the hooks."""
         residual_history = [] if self._solution_hooks else None
         version = None if is_tracing(x) else x._version
         solution = fixed_point(
@@ -224,25 +224,25 @@ class Equilibrium(nn.Module):
         return one_mask_per_solve(self.cell, partial(self.cell, x=x))
 
     def _subset_map(self, x: Tensor, z0: Tensor) -> Callable[[Tensor], Map] | None:
-        """The map for some samples alone, if converged samples are to be dropped."""
+        """Return the map for some samples alone, if converged samples are to be dropped."""
         if not self.gather or is_tracing(x) or len(x) != len(z0):
             return None
         return lambda rows: self._map(x.index_select(0, rows))
 
     def _budget(self, x: Tensor) -> int | None:
-        """A random budget if this is training and one is wanted; None for the solver's."""
+        """Return a random budget if this is training and one is wanted; None for the solver's."""
         if self.min_steps is None or not self.training or is_tracing(x):
             return None
         most = self.solver.max_steps
         return int(torch.randint(min(self.min_steps, most), most + 1, ()))
 
     def _requires_grad(self, x: Tensor) -> bool:
-        """Whether anything that the cell depends on requires a gradient: of a frozen model nothing is recorded."""
+        """Return whether the cell or its input requires a gradient: of a frozen model nothing is recorded."""
         weights = any(p.requires_grad for p in self.cell.parameters())
         return weights or isinstance(x, torch.fx.Proxy) or x.requires_grad
 
     def _refuse_sharded_cell(self) -> None:
-        """FSDP2 would gather it at each evaluation, and ranks that make different numbers of them wait forever."""
+        """Raise ValueError: FSDP2 would gather it at each evaluation, of which ranks make different numbers."""
         if not (dist.is_available() and dist.is_initialized()):
             return  # without the walk over the modules
         for name, module in self.cell.named_modules(prefix="cell"):
@@ -252,12 +252,12 @@ class Equilibrium(nn.Module):
                 )
 
     def _cached_parametrizations(self, differentiable: bool) -> AbstractContextManager:
-        """Computes parametrised weights once for a solve and its gradient."""
+        """Compute parametrised weights once for a solve and its gradient."""
         parametrized = [m for m in self.cell.modules() if parametrize.is_parametrized(m)]
         return _cached(parametrized, differentiable) if parametrized else nullcontext()
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """TorchScript, which knows no solver objects, is given the recorded steps of the solve."""
+        """Give TorchScript, which knows no solver objects, the recorded steps of the solve."""
         return torch.fx.symbolic_trace(nn.Sequential(self))  # as a child, so that z0 keeps its default
 
     def extra_repr(self) -> str:
@@ -269,7 +269,7 @@ class Equilibrium(nn.Module):
 
 @contextmanager
 def _cached(modules: list[nn.Module], differentiable: bool) -> Iterator[None]:
-    """Computes parametrised weights, recorded by autograd if they are to be differentiated, and holds them."""
+    """Compute parametrised weights, recorded by autograd if they are to be differentiated, and hold them."""
     device = next(p for module in modules for p in module.parameters()).device.type
     with parametrize.cached():
         with torch.set_grad_enabled(differentiable), torch.autocast(device, enabled=False):

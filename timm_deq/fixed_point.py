@@ -59,7 +59,7 @@ class _Run(NamedTuple):
 
 
 def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
-    """Runs a function on ordinary tensors without gradients where the caller is in inference mode.
+    """Run a function on ordinary tensors without gradients where the caller is in inference mode.
 
     Tensors made in inference mode have no version counters, by which a change in place would be noticed.
     """
@@ -86,7 +86,7 @@ def fixed_point(
     residual_history: list[Tensor] | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Solution:
-    """Solves `z = f(z)`, each sample of the batch on its own.
+    """Solve `z = f(z)`, each sample of the batch on its own.
 
     Step k evaluates f once, measures the relative residual `||f(z_k) - z_k|| / ||f(z_k)||` of each sample (never the
     damped or mixed step that the solver takes), freezes the samples that have converged or failed, and asks the solver
@@ -205,7 +205,7 @@ def _stopping(solver: Solver, tol: float | None, max_steps: int | None) -> _Stop
 
 
 def _measure(run: _Run, fz: Tensor, stopping: _Stopping) -> tuple[_Run, Tensor, Tensor]:
-    """Takes an evaluation into account; returns also the residuals `(B,)` and for which samples they are valid."""
+    """Take an evaluation into account; return also the residuals `(B,)` and for which samples they are valid."""
     z, best, best_residual, steps, active, converged = run
     residual, difference, finite = _residuals(z.detach(), fz.detach())
     measured = active & finite
@@ -220,7 +220,7 @@ def _measure(run: _Run, fz: Tensor, stopping: _Stopping) -> tuple[_Run, Tensor, 
 
 
 def _advance(run: _Run, fz: Tensor, state: State, solver: Solver) -> tuple[_Run, State]:
-    """Takes the solver's step."""
+    """Take the solver's step."""
     with _full_precision(run.z):
         z_next, state = solver.update(run.z, fz, state, run.active)
     # A finished sample stands still: its rows stay finite whatever the algebra made of them.
@@ -230,7 +230,7 @@ def _advance(run: _Run, fz: Tensor, state: State, solver: Solver) -> tuple[_Run,
 def _while_loop(
     run: _Run, state: State, solver: Solver, stopping: _Stopping, evaluate: Map, step: int
 ) -> tuple[_Run, Tensor]:
-    """Records the steps after `step` as a loop over one period of the solver, after which its slots repeat."""
+    """Record the steps after `step` as a loop over one period of the solver, after which its slots repeat."""
     numbers = [None if isinstance(leaf, Tensor) else leaf for leaf in state]
 
     def unpack(tensors: Sequence[Tensor]) -> tuple[_Run, State]:
@@ -260,7 +260,7 @@ def _while_loop(
 
 
 def _take(state: State, rows: Tensor) -> State:
-    """Selects rows of a solver's state."""
+    """Select rows of a solver's state."""
     leaves = [leaf.index_select(0, rows) if isinstance(leaf, Tensor) else leaf for leaf in state]
     return type(state)(*leaves) if leaves else state
 
@@ -277,7 +277,7 @@ def _check_map(z: Tensor, fz: Tensor) -> None:
 
 
 def _residuals(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`||fz - z|| / ||fz||` and `||fz - z||` per row, `(B,)`, and whether they are finite."""
+    """Return `||fz - z|| / ||fz||` and `||fz - z||` per row, `(B,)`, and whether they are finite."""
     difference = torch.linalg.vector_norm(fz - z, dim=1)
     norm = torch.linalg.vector_norm(fz, dim=1)
     # f(z) = z = 0 is a fixed point too: 0 / tiny = 0.
@@ -286,5 +286,5 @@ def _residuals(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _full_precision(z: Tensor) -> AbstractContextManager:
-    """Disables an ambient autocast, which would lower the precision of matrix products."""
+    """Disable an ambient autocast, which would lower the precision of matrix products."""
     return torch.autocast(z.device.type, enabled=False) if autocast_enabled(z) else nullcontext()

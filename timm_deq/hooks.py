@@ -12,7 +12,7 @@ from timm_deq.equilibrium import Equilibrium
 
 
 def equilibria(model: nn.Module) -> dict[str, Equilibrium]:
-    """The :class:`Equilibrium` layers of a model by their qualified names, each once."""
+    """Return the :class:`Equilibrium` layers of a model by their qualified names, each once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Equilibrium)}
 
 
@@ -23,10 +23,10 @@ class HookContext(ABC):
 
     @abstractmethod
     def register(self) -> Iterable[RemovableHandle]:
-        """Registers the hooks, each wrapped in :class:`Hook`."""
+        """Register the hooks, each wrapped in :class:`Hook`."""
 
     def __enter__(self) -> Self:
-        """Registers the hooks.
+        """Register the hooks.
 
         Raises:
             RuntimeError: The context is open already.

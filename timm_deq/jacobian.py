@@ -21,7 +21,7 @@ class TransposedJacobian(NamedTuple):
 
     @classmethod
     def at(cls, f: Map, z: Tensor) -> "TransposedJacobian":
-        """Evaluates f once, recorded by autograd, at a leaf with the value of `z` `(B, ...)`."""
+        """Evaluate f once, recorded by autograd, at a leaf with the value of `z` `(B, ...)`."""
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             return cls(z, f(z))
@@ -32,7 +32,7 @@ class TransposedJacobian(NamedTuple):
         return not self.fz.requires_grad
 
     def __call__(self, u: Tensor, *, create_graph: bool = False) -> Tensor:
-        """The product with `u` `(B, ...)`, in the dtype of z; differentiable with `create_graph`."""
+        """Return the product with `u` `(B, ...)`, in the dtype of z; differentiable with `create_graph`."""
         (product,) = torch.autograd.grad(
             self.fz, self.z, u.to(self.fz.dtype), retain_graph=True, create_graph=create_graph, materialize_grads=True
         )

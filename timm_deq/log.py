@@ -59,7 +59,7 @@ class SolveLog(HookContext):
         self._radii.append(at_equilibrium(radius, layer, args, kwargs, z_star))
 
     def __len__(self) -> int:
-        """Solves recorded, forward ones only."""
+        """Return the number of forward solves recorded."""
         return len(self._solves["forward"])
 
     @property
@@ -112,7 +112,7 @@ class SolveLog(HookContext):
         return torch.cat([torch.cat([t, t[-1:].expand(longest - len(t), -1)]) for t in traces], dim=1)
 
     def summary(self) -> dict[str, float]:
-        """Means over samples; empty when nothing was solved.
+        """Return means over samples; empty when nothing was solved.
 
         Returns:
             `samples`, `mean_steps`, `mean_evaluations`, `mean_residual`, `median_residual`, `converged` and `nonfinite`
@@ -148,6 +148,6 @@ def _mean(column: Tensor) -> float:
 
 
 def _mean_residual(residual: Tensor) -> float:
-    """The mean of the finite ones: a failed sample is counted by its status."""
+    """Return the mean of the finite ones: a failed sample is counted by its status."""
     known = residual[residual.isfinite()]
     return _mean(known) if len(known) else float("inf")

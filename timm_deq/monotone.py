@@ -39,7 +39,7 @@ class Monotone(nn.Module):
         return (1 - self.monotonicity) * _eye_like(A) - A.mT @ A + B - B.mT
 
     def right_inverse(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        """The `A, B` whose W is the nearest in the Frobenius norm: the symmetric part is projected."""
+        """Return the `A, B` whose W is the nearest in the Frobenius norm: the symmetric part is projected."""
         symmetric = (1 - self.monotonicity) * _eye_like(W) - (W + W.mT) / 2
         values, vectors = torch.linalg.eigh(symmetric.to(torch.promote_types(W.dtype, torch.float32)))
         A = values.clamp_min(0).sqrt().unsqueeze(1) * vectors.mT
@@ -98,7 +98,7 @@ class ForwardBackward(nn.Module):
         self.linear = _monotone_linear(features, monotonicity, device=device, dtype=dtype)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """One step for a state z and an injected input x, both `(B, n)`."""
+        """Take one step for a state z and an injected input x, both `(B, n)`."""
         return F.relu(z + self.step * (self.linear(z) + x - z))
 
 
@@ -143,13 +143,13 @@ class PeacemanRachford(nn.Module):
         parametrize.register_parametrization(self.linear, "weight", Resolvent(step))
 
     def forward(self, u: Tensor, x: Tensor) -> Tensor:
-        """One iteration for a state u and an injected input x, both `(B, n)`."""
+        """Take one iteration for a state u and an injected input x, both `(B, n)`."""
         reflected = u.abs()
         return 2 * self.linear(reflected + self.step * x) - reflected
 
 
 def _monotone_linear(features: int, monotonicity: float, **dd: Any) -> nn.Linear:
-    """A linear map by W, with A and B drawn as :class:`torch.nn.Linear` draws its weight."""
+    """Return a linear map by W, with A and B drawn as :class:`torch.nn.Linear` draws its weight."""
     linear = nn.Linear(features, features, bias=False, **dd)
     parametrize.register_parametrization(linear, "weight", Monotone(monotonicity))
     for original in linear.parameters():

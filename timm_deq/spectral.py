@@ -24,7 +24,7 @@ from timm_deq.solvers.base import check_integer
 
 
 def jacobian_penalty(f: Callable[[Tensor], Tensor], z: Tensor, *, samples: int = 1) -> Tensor:
-    r"""An unbiased estimate of $\|J\|_F^2 / D$ for each sample, differentiable in what f depends on.
+    r"""Return an unbiased estimate of $\|J\|_F^2 / D$ for each sample, differentiable in what f depends on.
 
     The vectors v have independent signs (Rademacher): of all vectors with independent elements these give the smallest
     variance, and none at all for a diagonal J. Costs one evaluation of f and `samples` products $v^\top J$, and takes a
@@ -55,7 +55,7 @@ def jacobian_penalty(f: Callable[[Tensor], Tensor], z: Tensor, *, samples: int =
 
 
 def spectral_radius(f: Callable[[Tensor], Tensor], z: Tensor, *, steps: int = 20) -> Tensor:
-    r"""The largest modulus of the eigenvalues of J for each sample, by power iteration.
+    r"""Return the largest modulus of the eigenvalues of J for each sample, by power iteration.
 
     The estimate is the geometric mean of the growth of $\|{J^\top}^k v\|$ over the later half of the steps. A complex
     pair makes the growth of single steps oscillate, but hardly their mean, whose error falls as one over `steps`; where
@@ -126,7 +126,7 @@ class JacobianPenalty(HookContext):
             self._penalties.append(at_equilibrium(penalty, layer, args, kwargs, z_star))
 
     def mean(self) -> Tensor:
-        """The mean over samples and layers of the forwards since the last call, a differentiable scalar.
+        """Return the mean over samples and layers of the forwards since the last call, a differentiable scalar.
 
         Raises:
             ValueError: There was no forward in training mode since.
@@ -144,7 +144,7 @@ def at_equilibrium(
     kwargs: dict[str, Any],
     z_star: Tensor,
 ) -> Tensor:
-    """Applies `measure(f, z_star)` to the map f that a forward of `layer` solved, from the arguments of a forward hook.
+    """Apply `measure(f, z_star)` to the map f that a forward of `layer` solved, from the arguments of a forward hook.
 
     Dropout masks inside f are drawn again.
     """

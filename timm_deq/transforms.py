@@ -9,22 +9,22 @@ from torch.autograd import forward_ad
 
 
 def forward_mode(z: Tensor) -> bool:
-    """Whether tangents may be propagated: inside `forward_ad.dual_level` or `torch.func.jvp`."""
+    """Return whether tangents may be propagated: inside `forward_ad.dual_level` or `torch.func.jvp`."""
     return not isinstance(z, fx.Proxy) and tangents_enabled()
 
 
 def tangents_enabled() -> bool:
-    """As :func:`forward_mode`, in a program that is not recorded by `torch.fx`."""
+    """Return the same outside programs that `torch.fx` records."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def without_tangents() -> AbstractContextManager:
-    """Disables forward mode, as `no_grad` disables reverse mode."""
+    """Disable forward mode, as `no_grad` disables reverse mode."""
     return forward_ad._set_fwd_grad_enabled(False)
 
 
 def tangent_of(z: Tensor) -> Tensor | None:
-    """The tangent of a dual tensor; None of another."""
+    """Return the tangent of a dual tensor; None of another."""
     return forward_ad.unpack_dual(z).tangent
 
 
@@ -34,7 +34,7 @@ def with_tangent(z: Tensor, tangent: Tensor | None) -> Tensor:
 
 
 def func_transforms() -> set[str]:
-    """The transforms of `torch.func` that are active, of "Grad" (also of vjp and jacrev), "Jvp" and "Vmap"."""
+    """Return the transforms of `torch.func` that are active, of "Grad" (also of vjp and jacrev), "Jvp" and "Vmap"."""
     stack = torch._C._functorch.get_interpreter_stack()
     return {level.key().name for level in stack} if stack else set()
 

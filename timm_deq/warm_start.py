@@ -47,7 +47,7 @@ class WarmStart(HookContext):
         self.forget()
 
     def forget(self) -> None:
-        """Discards the starts: the next solves, of other images, begin as without."""
+        """Discard the starts: the next solves, of other images, begin as without."""
         self._last.clear()
 
     def _start(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:

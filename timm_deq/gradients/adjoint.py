@@ -153,7 +153,7 @@ class _Gate(torch.autograd.Function):
 
 
 def _check_inputs(fz: Tensor, inputs: Sequence[Tensor]) -> None:
-    """Raises RuntimeError if `fz` depends on a leaf other than through `inputs`, or one input on another.
+    """Raise RuntimeError if `fz` depends on a leaf other than through `inputs`, or one input on another.
 
     The part of the one would be missing in a second derivative, that of the other counted twice.
     """
@@ -169,7 +169,7 @@ def _check_inputs(fz: Tensor, inputs: Sequence[Tensor]) -> None:
 
 
 def _ancestors(tensor: Tensor, stop: set[Any]) -> set[Any]:
-    """The autograd nodes above a tensor, and the leaves themselves in place of theirs, as far as those of `stop`."""
+    """Return the autograd nodes above a tensor, with leaves in place of theirs, as far as those of `stop`."""
     nodes, seen = [tensor.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -183,13 +183,13 @@ def _ancestors(tensor: Tensor, stop: set[Any]) -> set[Any]:
 
 
 def _scale_of(g: Tensor) -> Tensor:
-    """The largest modulus of each sample of `g` `(B, ...)`, `(B, 1, ...)`; 1 for a sample of zeros."""
+    """Return the largest modulus of each sample of `g` `(B, ...)`, `(B, 1, ...)`; 1 for a sample of zeros."""
     scale = torch.linalg.vector_norm(g.flatten(1), ord=float("inf"), dim=1)
     return torch.where(scale > 0, scale, 1).view(-1, *[1] * (g.ndim - 1))
 
 
 def _usable_start(start: Tensor | None, g: Tensor, scale: Tensor) -> Tensor | None:
-    """A first guess in the scale of `g`, or `g` itself in samples where either is not finite; None if it is no guess.
+    """Return a first guess in the scale of `g`, or `g` in samples where either is not finite; None if it is none.
 
     So a cotangent that is not finite reaches the parameters, and a guess that one has left behind does no harm.
     """

@@ -29,13 +29,13 @@ class Gradient(ABC):
     required_solver: ClassVar[type[Solver] | None] = None
 
     def check_solver(self, solver: Solver) -> None:
-        """Raises ValueError unless the solver is one that this gradient can follow."""
+        """Raise ValueError unless the solver is one that this gradient can follow."""
         if self.required_solver is not None and not isinstance(solver, self.required_solver):
             name, needed, got = type(self).__name__, self.required_solver.__name__, type(solver).__name__
             raise ValueError(f"solver must be {needed} for the gradient {name}, got {got}")
 
     def prepare(self, f: Map, solver: Solver) -> Map:
-        """Returns f as the solve is to evaluate it; `attach` receives the result."""
+        """Return f as the solve is to evaluate it; `attach` receives the result."""
         return f
 
     @abstractmethod
@@ -49,7 +49,7 @@ class Gradient(ABC):
         report: BackwardCallback | None = None,
         inputs: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Returns a tensor with the value of `z_star` that is differentiable in what f depends on.
+        """Return a tensor with the value of `z_star` that is differentiable in what f depends on.
 
         Args:
             f: The map, recorded by autograd when called.
@@ -72,14 +72,14 @@ class Gradient(ABC):
 
 
 def with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
-    """Returns `value` with the derivatives of `source`, both `(B, ...)`."""
+    """Return `value` with the derivatives of `source`, both `(B, ...)`."""
     if isinstance(source, fx.Proxy):  # fx records no autograd function
         return source
     return _WithGradientOf.apply(source, value)
 
 
 def with_present_weights(f: Map) -> Map:
-    """f, which uses the parametrised weights that are cached now whenever it is called."""
+    """Let f use the parametrised weights that are cached now whenever it is called."""
     weights = dict(parametrize._cache)
 
     def evaluate(z: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def with_present_weights(f: Map) -> Map:
 
 
 def connect_to_graph(f: Map, z_star: Tensor) -> Tensor:
-    """Connects a recorded `z_star` to what f depends on, even if no step of f led to it.
+    """Connect a recorded `z_star` to what f depends on, even if no step of f led to it.
 
     Its derivative is then zero, but known: a rank without any would keep the others waiting. The result is a new
     tensor, because hooks that change an output in place, as FSDP's do, must not reach the recorded solve.

@@ -89,7 +89,7 @@ class _ReversedMap:
         return fz
 
     def _again(self, number: int, tracked: bool) -> Tensor:
-        """Repeats the evaluation of a given number; afterwards `present` is the iterate before it."""
+        """Repeat the evaluation of a given number; afterwards `present` is the iterate before it."""
         assert self.end is not None
         if self.number < number:  # a backward pass begins; the last evaluation of a solve led to no iterate
             self.number = self.calls - 2
@@ -108,7 +108,7 @@ class _ReversedMap:
         return self.again(z.detach().clone().requires_grad_(tracked))
 
     def _go_back(self, fz: Tensor) -> None:
-        """From the iterate at which f was evaluated to the one before; a sample that ended later waits at its last."""
+        """Go from the iterate at which f was evaluated to the one before; a sample that ended later waits."""
         assert self.end is not None
         before = (self.following - self.damping * fz.flatten(1).to(self.following.dtype)) / (1 - self.damping)
         self.number -= 1

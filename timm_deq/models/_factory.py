@@ -39,7 +39,7 @@ register_notrace_module(Equilibrium)
 
 
 def create_solver(name: str, **settings: Any) -> Solver:
-    """Builds a solver by name; settings that are None keep the solver's default.
+    """Build a solver by name; settings that are None keep the solver's default.
 
     Raises:
         ValueError: An unknown name, a setting that the solver does not have, or one out of its range.
@@ -50,7 +50,7 @@ def create_solver(name: str, **settings: Any) -> Solver:
 
 
 def create_gradient(name: str, solver: Solver, **settings: Any) -> Gradient:
-    """Builds a gradient by name; settings that are None keep the gradient's default.
+    """Build a gradient by name; settings that are None keep the gradient's default.
 
     Args:
         name: A key of `GRADIENTS`.
@@ -96,7 +96,7 @@ def create_equilibrium_args(
     neumann_terms: int | None = None,
     shine_refine: int | None = None,
 ) -> dict[str, Any]:
-    """The keywords that every DEQ model takes, as arguments of its :class:`Equilibrium`.
+    """Return the keywords that every DEQ model takes, as arguments of its :class:`Equilibrium`.
 
     None means the default of the chosen solver or gradient.
 
@@ -159,7 +159,7 @@ def create_out_norm(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Creates the norm before pooling: "none", "group" (GroupNorm) or "batch_relu" (BatchNorm, ReLU).
+    """Create the norm before pooling: "none", "group" (GroupNorm) or "batch_relu" (BatchNorm, ReLU).
 
     Raises:
         ValueError: Any other `out_norm`.
@@ -175,7 +175,7 @@ def create_out_norm(
 
 
 def set_solver(model: nn.Module, solver: str | None = None, **settings: Any) -> None:
-    """Changes how a model solves for its equilibria: the anytime knob, `set_solver(model, max_steps=4)`.
+    """Change how a model solves for its equilibria: the anytime knob, `set_solver(model, max_steps=4)`.
 
     The backward solve of an implicit gradient follows; a tolerance and a budget of its own it keeps. The settings are
     recorded in the model's arguments, so they survive `deepcopy`, saving and the Hub.
@@ -207,7 +207,7 @@ def set_solver(model: nn.Module, solver: str | None = None, **settings: Any) -> 
 
 
 def _changed(layer: Equilibrium, name: str | None, given: dict[str, Any]) -> Solver:
-    """The solver of a layer after a change of its settings, or of the solver itself."""
+    """Return the solver of a layer after a change of its settings, or of the solver itself."""
     current = layer.solver
     if name is not None and SOLVERS.get(name) is not type(current):
         return create_solver(name, **{"tol": current.tol, "max_steps": current.max_steps, **given})
@@ -219,7 +219,7 @@ def _changed(layer: Equilibrium, name: str | None, given: dict[str, Any]) -> Sol
 
 
 def _recorded(solver: Solver) -> dict[str, Any]:
-    """The keywords that build a solver, all of them, so that nothing recorded for the one before it reaches it."""
+    """Return all keywords that build a solver, so that nothing recorded for the one before it reaches it."""
     names = {cls: name for name, cls in SOLVERS.items()}
     if type(solver) not in names:
         return {}
@@ -228,7 +228,7 @@ def _recorded(solver: Solver) -> dict[str, Any]:
 
 
 def _following(gradient: Implicit, old: Solver, new: Solver) -> tuple[Implicit, dict[str, Any]]:
-    """The implicit gradient after a change of the forward solver, and its keywords: as :func:`create_gradient`."""
+    """Return the implicit gradient after a change of the forward solver, as `create_gradient`, and its keywords."""
     backward = gradient.solver
     if backward == old:
         return Implicit(new), {"backward_tol": None, "backward_max_steps": None}

@@ -65,7 +65,7 @@ class ResidualCell(nn.Module):
         self.norm = nn.GroupNorm(num_groups, channels, **dd)
 
     def init_weights(self) -> None:
-        """Initialises the gain of the residual branch."""
+        """Initialise the gain of the residual branch."""
         last_norm = self.branch[-1]
         assert isinstance(last_norm, nn.GroupNorm)
         nn.init.constant_(last_norm.weight, self.branch_gain)
@@ -74,7 +74,7 @@ class ResidualCell(nn.Module):
         return f"branch_gain={self.branch_gain}"
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """One step for a state z and an injected input x, both `(B, C, H, W)`."""
+        """Take one step for a state z and an injected input x, both `(B, C, H, W)`."""
         return self.norm(self.act(z + self.drop(self.branch(z)) + x))
 
 
@@ -106,7 +106,7 @@ def create_equilibrium_stage(
     norm_layer: Any,
     **dd: Any,
 ) -> EquilibriumStage:
-    """Creates stage 4 as an equilibrium.
+    """Create stage 4 as an equilibrium.
 
     Args:
         block: Residual block of the stages before.
@@ -137,7 +137,7 @@ def create_equilibrium_stage(
 
 
 def init_weights(root: nn.Module, *, zero_init_last: bool = True) -> None:
-    """Initialises convolutions (He et al., ICCV 2015) and the gains of residual branches."""
+    """Initialise convolutions (He et al., ICCV 2015) and the gains of residual branches."""
     for module in root.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -148,6 +148,6 @@ def init_weights(root: nn.Module, *, zero_init_last: bool = True) -> None:
 
 
 def keep_generators(device: torch.device | str | None) -> AbstractContextManager:
-    """Leaves the random generators of the CPU and of a device as they were, whatever constructors draw in the block."""
+    """Leave the random generators of the CPU and of a device as they were, whatever constructors draw in the block."""
     device = torch.get_default_device() if device is None else torch.device(device)
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

@@ -163,27 +163,27 @@ class DEQResNet(nn.Module):
 
     @torch.jit.ignore()  # in parentheses, as its types want it
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """Initialises convolutions and the gains of residual branches."""
+        """Initialise convolutions and the gains of residual branches."""
         init_weights(self, zero_init_last=zero_init_last)
 
     @torch.jit.ignore()
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that group parameters by depth, for layer-wise learning rates."""
+        """Return patterns that group parameters by depth, for layer-wise learning rates."""
         blocks = [(r"^layer(\d+)\.(\d+)", None), (r"^layer(\d+)\.injection", (0,)), (r"^layer(\d+)\.equilibrium", (1,))]
         return dict(stem=r"^conv1|bn1", blocks=r"^layer(\d+)" if coarse else blocks)
 
     @torch.jit.ignore()
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the explicit stages in the backward pass. An equilibrium needs no such thing."""
+        """Recompute the explicit stages in the backward pass. An equilibrium needs no such thing."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore()
     def get_classifier(self, name_only: bool = False) -> str | nn.Module:
-        """The classifier or its name."""
+        """Return the classifier or its name."""
         return "fc" if name_only else self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier, and the pooling if one is named."""
+        """Replace the classifier, and the pooling if one is named."""
         self.num_classes = num_classes
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         self._create_head(num_classes, pool_type, get_device_dtype(self))
@@ -205,7 +205,7 @@ class DEQResNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features and intermediates: the stem's (0) and those of stages 1 to 4.
+        """Return features and intermediates: the stem's (0) and those of stages 1 to 4.
 
         Args:
             x: Images `(B, C, H, W)`.
@@ -241,7 +241,7 @@ class DEQResNet(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drops what the given intermediates do not need.
+        """Drop what the given intermediates do not need.
 
         Args:
             indices: Which intermediates to keep: the last n if an int.
@@ -266,7 +266,7 @@ class DEQResNet(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Unpooled features `(B, C, H, W)` of images."""
+        """Return unpooled features `(B, C, H, W)` of images."""
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             explicit = [self.layer1, self.layer2, self.layer3] + ([] if self.equilibrium else [self.layer4])
@@ -278,17 +278,17 @@ class DEQResNet(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits `(B, num_classes)`, or what the classifier would receive, from unpooled features."""
+        """Return logits `(B, num_classes)`, or what the classifier would receive, from unpooled features."""
         x = F.dropout(self.global_pool(x), p=float(self.drop_rate), training=self.training)
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of images `(B, C, H, W)`."""
+        """Return logits `(B, num_classes)` of images `(B, C, H, W)`."""
         return self.forward_head(self.forward_features(x))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Lets the weights of a ResNet of timm into the encoder; those of this family pass.
+    """Let the weights of a ResNet of timm into the encoder; those of this family pass.
 
     The names match: `conv1`, `bn1` and `layer1` to `layer3`. An equilibrium and its classifier, which a ResNet does not
     have, keep their initial weights; a twin takes `layer4` and `fc` too.

@@ -120,7 +120,7 @@ class Anderson(Solver):
         return where_rows(usable, mixed, image), AndersonState(residuals, images, gram, step + 1)
 
     def _mixture(self, gram: Tensor, filled: int) -> Tensor:
-        """The weights `(B, n)` that sum to one for n residuals; not finite where the matrix is singular."""
+        """Return the weights `(B, n)` that sum to one for n residuals; not finite where the matrix is singular."""
         # Scaled to unit diagonal, the matrix is as well conditioned as the angles between the residuals allow.
         scale = gram.diagonal(dim1=1, dim2=2).rsqrt()
         eye = torch.eye(filled, dtype=torch.bool, device=gram.device)
@@ -130,7 +130,7 @@ class Anderson(Solver):
 
 
 def _solve(matrix: Tensor, rhs: Tensor, n: int) -> Tensor:
-    """Solves small positive definite systems `(B, n, n)`, `(B, n)`; a singular one gives values that are not finite."""
+    """Solve small positive definite systems `(B, n, n)`, `(B, n)`; a singular one gives values that are not finite."""
     if not is_tracing(matrix):
         return torch.linalg.solve_ex(matrix, rhs)[0]
     # Gauss-Jordan, spelt out: ONNX has no linear solve, and a compiler fuses these few operations into one kernel.

@@ -18,14 +18,14 @@ State = Any
 
 
 def check_at_least(name: str, value: float, least: float, *, strictly: bool = False) -> None:
-    """Raises ValueError, naming the argument, unless `value` is a number of at least (or above) `least`."""
+    """Raise ValueError, naming the argument, unless `value` is a number of at least (or above) `least`."""
     check_number(name, value)
     if not (value > least if strictly else value >= least):  # written so that NaN fails
         raise ValueError(f"{name} must be {'above' if strictly else 'at least'} {least}, got {value!r}")
 
 
 def check_integer(name: str, value: int, least: int) -> None:
-    """Raises ValueError, naming the argument, unless `value` is an int of at least `least`.
+    """Raise ValueError, naming the argument, unless `value` is an int of at least `least`.
 
     Integers of NumPy are refused as a float is: a model that was made with them could not be saved.
     """
@@ -35,13 +35,13 @@ def check_integer(name: str, value: int, least: int) -> None:
 
 
 def check_number(name: str, value: float) -> None:
-    """Raises ValueError, naming the argument, unless `value` is an int or a float."""
+    """Raise ValueError, naming the argument, unless `value` is an int or a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
 
 
 def check_bool(name: str, value: bool) -> None:
-    """Raises ValueError, naming the argument, unless `value` is a bool."""
+    """Raise ValueError, naming the argument, unless `value` is a bool."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
@@ -92,11 +92,11 @@ class Solver(ABC):
 
     @abstractmethod
     def init(self, z: Tensor) -> State:
-        """The state before the first update, for an initial iterate `(B, D)`."""
+        """Return the state before the first update, for an initial iterate `(B, D)`."""
 
     @abstractmethod
     def update(self, z: Tensor, fz: Tensor, state: State, active: Tensor) -> tuple[Tensor, State]:
-        """The next iterate and the next state.
+        """Return the next iterate and the next state.
 
         Args:
             z: The present iterate, `(B, D)`.
@@ -108,14 +108,14 @@ class Solver(ABC):
 
 
 def zero_rows(history: Tensor, rows: Tensor) -> Tensor:
-    """Returns `history` `(B, m, D)` with zeros in the given rows `(B,)`: in place where autograd does not need it."""
+    """Return `history` `(B, m, D)` with zeros in the given rows `(B,)`: in place where autograd does not need it."""
     if is_differentiated(history):
         return torch.where(rows[:, None, None], 0.0, history)
     return history.masked_fill_(rows[:, None, None], 0.0)
 
 
 def set_slot(history: Tensor, slot: int, row: Tensor) -> Tensor:
-    """Returns `history` `(B, m, D)` with `row` `(B, D)` at `slot`: in place where autograd does not need it.
+    """Return `history` `(B, m, D)` with `row` `(B, D)` at `slot`: in place where autograd does not need it.
 
     Autograd may have saved the old history, and `fx` records no assignment; there it is copied.
     """
@@ -126,7 +126,7 @@ def set_slot(history: Tensor, slot: int, row: Tensor) -> Tensor:
 
 
 def where_rows(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Returns the given rows `(B,)` of `a`, the others of `b`, both `(B, D)`."""
+    """Return the given rows `(B,)` of `a`, the others of `b`, both `(B, D)`."""
     if can_read_without_sync(rows):  # most often all rows agree, and then nothing need be copied
         if bool(rows.all()):
             return a
@@ -136,7 +136,7 @@ def where_rows(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def is_differentiated(*tensors: Tensor) -> bool:
-    """Whether operations on any of the tensors are differentiated, batched by vmap, or recorded in a program.
+    """Return whether operations on any of the tensors are differentiated, batched by vmap, or recorded in a program.
 
     Then none may be changed in place: autograd may have saved it, vmap may have to add a dimension to it.
     """
@@ -147,12 +147,12 @@ def is_differentiated(*tensors: Tensor) -> bool:
 
 
 def can_read_without_sync(z: Tensor) -> bool:
-    """Whether reading a value does not wait for a device."""
+    """Return whether reading a value does not wait for a device."""
     return not is_tracing(z) and z.device.type == "cpu"
 
 
 def is_tracing(z: Tensor) -> bool:
-    """Whether the program is being recorded or batched, or runs on shapes alone, so that no value may be read."""
+    """Return whether the program is recorded or batched, or runs on shapes alone, so that no value may be read."""
     return (
         isinstance(z, fx.Proxy)
         or torch.compiler.is_compiling()  # torch.compile and torch.export
@@ -163,5 +163,5 @@ def is_tracing(z: Tensor) -> bool:
 
 
 def autocast_enabled(z: Tensor) -> bool:
-    """Whether matrix products with `z` would run in lower precision."""
+    """Return whether matrix products with `z` would run in lower precision."""
     return not isinstance(z, fx.Proxy) and not z.is_meta and torch.is_autocast_enabled(z.device.type)

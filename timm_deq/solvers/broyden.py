@@ -95,5 +95,5 @@ class Broyden(Solver):
 
 
 def apply_inverse(x: Tensor, us: Tensor, vs: Tensor) -> Tensor:
-    """`(-I + sum_i u_i v_i^T) x` for `x` `(B, D)` and terms `(B, n, D)`."""
+    """Return `(-I + sum_i u_i v_i^T) x` for `x` `(B, D)` and terms `(B, n, D)`."""
     return ((x.unsqueeze(1) @ vs.transpose(1, 2)) @ us).squeeze(1) - x
