@@ -1,9 +1,10 @@
 """Reports of collapse: the numbers of one pass over the data."""
 
+import json
 import math
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -14,15 +15,18 @@ from nc_probe.measures.assembly import Measurement
 from nc_probe.measures.pairwise import cosine_gram
 from nc_probe.moments.class_moments import ClassMoments
 from nc_probe.moments.precision import cpu_by_default
+from nc_probe.storage import decode, encode
+from nc_probe.text import as_text
 
 __all__ = ["CollapseReport", "measure"]
 
 NAN = math.nan
 
+# Of files: what they are, and the version of their layout.
+FORMAT, VERSION = "nc_probe.CollapseReport", 1
+
 # Up to this many classes `as_dict(per_class=True)` has the Gram matrices: 2 x 10,000 numbers.
 GRAM_CLASSES = 100
-
-WIDTH = 120
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,35 +172,52 @@ class CollapseReport:
                 out[f.name] = _jsonable(value)
         if per_class and len(self.classes) <= GRAM_CLASSES:
             out |= {"gram": _jsonable(self.gram), "gram_weight": _jsonable(self.gram_weight)}
-        return out
+        infinite = [f.name for f in fields(self) if isinstance(v := getattr(self, f.name), float) and math.isinf(v)]
+        return out | ({"infinite": infinite} if infinite else {})
+
+    def scalars(self, prefix: str = "") -> dict[str, float]:
+        """List every number that is there by name, for a tracker: `nc1`, `minority/nc1`, `layers/layer4/nc1`.
+
+        Args:
+            prefix: before each name, e.g. "nc/".
+        """
+        out: dict[str, float] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in _NESTED:
+                for name, report in value.items():
+                    out |= report.scalars(f"{prefix}{name}/" if f.name == "groups" else f"{prefix}{f.name}/{name}/")
+            elif f.name == "conventions":
+                out |= {f"{prefix}conventions/{p}/{k}": v for p, values in value.items() for k, v in values.items()}
+            elif isinstance(value, int | float):
+                out[prefix + f.name] = float(value)
+        return {name: value for name, value in out.items() if not math.isnan(value)}
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON, all of it: the class means and the classifier's rows too."""
+        document = {"format": FORMAT, "version": VERSION, "report": encode(self)}
+        Path(path).write_text(json.dumps(document, allow_nan=False))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` has written, by this version or an older one: what that did not measure is absent.
+
+        Raises:
+            ValueError: the file is no report, or one of a newer version.
+        """
+        try:
+            document = json.loads(Path(path).read_text())
+            found = document["format"], document["version"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            found = None, None
+        if found[0] != FORMAT or not isinstance(found[1], int) or found[1] > VERSION:
+            raise ValueError(
+                f"{path} must be a {FORMAT} of version 1..{VERSION}, got format {found[0]!r}, version {found[1]!r}"
+            )
+        return decode(cls, document["report"])
 
     def __str__(self) -> str:
-        columns = {"all": self, **self.groups}
-        rows = [("", *columns), ("classes", *(str(len(r.classes)) for r in columns.values()))]
-        rows.append(("samples", *(str(r.samples) for r in columns.values())))
-        rows += [(label, *(_number(getattr(r, name)) for r in columns.values())) for label, name in _TABLE]
-        notes = f"center {self.center}; NC1 of rank {self.nc1_rank}, condition {_number(self.nc1_condition)}"
-        if self.nc1_unresolved:
-            notes += f" ({self.nc1_unresolved} of these directions may be rounding of the features: NC1 is then noise)"
-        notes += f", from {self.nc1_source}" if self.nc1 == self.nc1 else f", {self.nc1_source}"
-        text = [*_lines(rows), *_wrap(f"{notes}; NC4 {self.nc4_source}")]
-        if self.feature_rank is not None:
-            ranks = f"rank {self.feature_rank}, stable rank {_number(self.stable_rank)}"
-            text.append(f"features: {ranks}, participation ratio {_number(self.participation_ratio)}")
-        for kind in _NESTED[1:]:
-            reports = getattr(self, kind)
-            if reports:
-                known = [
-                    (label, key)
-                    for label, key in _SHORT
-                    if any(getattr(r, key) == getattr(r, key) for r in reports.values())
-                ]
-                rows = [(kind, *(label for label, _ in known))]
-                rows += [(name, *(_number(getattr(r, key)) for _, key in known)) for name, r in reports.items()]
-                text += ["", *_lines(rows)]
-        for paper, values in self.conventions.items():
-            text += _wrap(f"{paper}: " + ", ".join(f"{name} {_number(value)}" for name, value in values.items()))
-        return "\n".join(text)
+        return as_text(self, [kind for kind in _NESTED[1:] if getattr(self, kind)])
 
 
 @cpu_by_default()
@@ -243,55 +264,6 @@ def measure(
 
 
 _NESTED = ("groups", "heads", "layers", "iterates")
-
-_TABLE = (
-    ("NC1  tr(S_W S_B^+)/K", "nc1"),
-    ("     tr S_W / tr S_B", "nc1_trace"),
-    ("     CDNV", "cdnv"),
-    ("NC2  means to ETF", "nc2_etf"),
-    ("     weights to ETF", "nc2_etf_weight"),
-    ("     means to SELI", "nc2_seli"),
-    ("     weights to SELI", "nc2_seli_weight"),
-    ("     means to frame", "nc2_gof"),
-    ("     weights to frame", "nc2_gof_weight"),
-    ("     means, norms", "nc2_norm"),
-    ("     means, angles", "nc2_angle"),
-    ("     means, mean cosine", "mean_cosine"),
-    ("     weights, mean cosine", "mean_cosine_weight"),
-    ("GNC2 energy gap, log", "gnc2_log"),
-    ("     energy gap, Riesz", "gnc2_riesz"),
-    ("NC3  weights to means", "nc3"),
-    ("NC4  agreement", "nc4"),
-    ("accuracy", "accuracy"),
-    ("  nearest mean", "center_accuracy"),
-)
-
-
-_SHORT = (("NC1", "nc1"), ("CDNV", "cdnv"), ("NC2", "nc2"), ("SELI", "nc2_seli"), ("NC3", "nc3"), ("NC4", "nc4"))
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4g}"
-
-
-def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table with its first column on the left; columns beyond the width follow below, beside the first again."""
-    rows = [[cell if len(cell) <= 40 else f"{cell[:37]}..." for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines, start = [], 1
-    while start < len(widths):
-        stop = start + 1
-        while stop < len(widths) and sum(widths[start : stop + 1]) + 2 * (stop + 1 - start) + widths[0] <= WIDTH:
-            stop += 1
-        for row in rows:
-            cells = [row[0].ljust(widths[0]), *map(str.rjust, row[start:stop], widths[start:stop])]
-            lines.append("  ".join(cells).rstrip())
-        start = stop
-    return lines
-
-
-def _wrap(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  ")
 
 
 def _jsonable(value: Any) -> Any:

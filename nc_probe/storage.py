@@ -1,0 +1,59 @@
+"""Reports in JSON, of which all comes back: what is absent, what is infinite, and matrices to the last bit."""
+
+import base64
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["decode", "encode"]
+
+
+def encode(value: Any) -> Any:
+    """Make what JSON can hold: None for NaN, "inf" for what is infinite, the float64 of a tensor in base 64."""
+    if is_dataclass(value):
+        return {f.name: encode(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Tensor):
+        raw = value.double().contiguous().cpu().numpy().astype("<f8").tobytes()
+        return {"shape": list(value.shape), "float64": base64.b64encode(raw).decode()}
+    if isinstance(value, Mapping):
+        return {name: encode(v) for name, v in value.items()}
+    if isinstance(value, tuple):
+        return [encode(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def decode(cls: Any, values: Mapping[str, Any]) -> Any:
+    """Make a report of what `encode` made of one, whose fields are known by their types."""
+    out: dict[str, Any] = {}
+    for f in fields(cls):
+        value = values.get(f.name, ...)
+        if value is ...:
+            continue
+        if f.name in ("groups", "heads", "layers", "iterates"):
+            out[f.name] = {name: decode(cls, report) for name, report in value.items()}
+        elif f.name == "conventions":
+            out[f.name] = {paper: {k: _real(v) for k, v in found.items()} for paper, found in value.items()}
+        elif f.name in ("means", "weight"):
+            out[f.name] = None if value is None else _matrix(value)
+        elif isinstance(value, list):
+            out[f.name] = tuple(v if isinstance(v, int) else _real(v) for v in value)
+        else:
+            out[f.name] = _real(value) if f.type is float else value
+    return cls(**out)
+
+
+def _matrix(value: Mapping[str, Any]) -> Tensor:
+    raw = bytearray(base64.b64decode(value["float64"]))
+    return (
+        torch.frombuffer(raw, dtype=torch.float64).view(value["shape"]) if raw else torch.zeros(value["shape"]).double()
+    )
+
+
+def _real(value: float | str | None) -> float:
+    return math.nan if value is None else float(value)
