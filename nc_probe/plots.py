@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from nc_probe.measures.geometry import simplex_etf_cosine
 from nc_probe.measures.pairwise import TILE, unit
 from nc_probe.moments.precision import cpu_by_default
 from nc_probe.report import CollapseReport
+from nc_probe.style import blank_figure, finish_axes, group_colors, scale_values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,9 +30,6 @@ ORDERS = ("group", "frequency")
 
 # Up to this many classes the cells are labelled with their values, and the axes with the classes.
 MAX_VALUES, MAX_NAMES = 12, 40
-
-# Groups in their order, after all classes in black. Okabe & Ito (2008): told apart by readers of any colour vision.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 
 CURVES = (("NC1: spread within classes / between", "nc1"), ("NC2: distance to simplex ETF", "nc2"), ("CDNV", "cdnv"))
 MAX_TICKS = 12
@@ -51,7 +49,8 @@ def plot_grams(
     """Cosines of all pairs of centred class means, and of classifier rows, side by side.
 
     At collapse both pictures are one colour off the diagonal, that of -1/(K-1), which the colour bar marks; merged
-    minority classes are a dark red block.
+    minority classes are a dark red block. Of more than 40 classes, whose cosines lie close together, white is -1/(K-1)
+    and the darkest colours are as far from it as all but 1 % of the pairs are.
 
     Args:
         report: of all classes, or of a group.
@@ -80,19 +79,20 @@ def plot_grams(
     total = max(classes) + 1
     if class_names is not None and len(class_names) < total:
         raise ValueError(f"class_names must name {total} classes, got {len(class_names)}")
-    names = [str(k) if class_names is None else label(class_names[k], most=16, instead=str(k)) for k in classes]
+    names = [str(k) if class_names is None else label(str(class_names[k]), most=16, instead=str(k)) for k in classes]
 
     rows = torch.tensor([position[k] for k in classes])
     panels = [("class means (centred)", gram[rows][:, rows])]
     if report.gram_weight is not None:
         panels.append(("classifier rows", report.gram_weight[rows][:, rows]))
 
-    figure = _figure(4.6 * len(panels) + 1.0, 5.1, title)
+    figure = blank_figure(4.6 * len(panels) + 1.0, 5.1, title)
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    colors = ScalarMappable(Normalize(-1, 1), "RdBu_r")
+    low, high = _color_limits([matrix for _, matrix in panels], report.num_classes)
+    colors = ScalarMappable(Normalize(low, high), "RdBu_r")
     for ax, (panel, gram) in zip(axes, panels, strict=True):
         ax.imshow(gram.numpy(), cmap=colors.cmap, norm=colors.norm, interpolation="nearest")
         ax.set_title(panel, fontsize=11, pad=20 if spans else 6)
@@ -100,7 +100,8 @@ def plot_grams(
         _name_axes(ax, names, left=ax is axes[0])
         if order == "frequency":
             ax.set_xlabel("classes, most frequent first", fontsize=9)
-    bar = figure.colorbar(colors, ax=list(axes), shrink=0.82, label="cosine")
+    extend = "neither" if low == -1 else "both"
+    bar = figure.colorbar(colors, ax=list(axes), shrink=0.82, label="cosine", extend=extend)
     if len(classes) > 1:
         ideal = simplex_etf_cosine(report.num_classes)
         bar.ax.axhline(ideal, color="black", linewidth=1.5)
@@ -178,7 +179,7 @@ def plot_angles(report: CollapseReport, *, title: str | None = None) -> Figure:
     panels = [("class means (centred)", report.means)]
     if report.weight is not None:
         panels.append(("classifier rows", report.weight))
-    figure = _figure(5.2 * len(panels), 3.9, title)
+    figure = blank_figure(5.2 * len(panels), 3.9, title)
     axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
 
     classes = torch.tensor(report.classes)
@@ -192,14 +193,13 @@ def plot_angles(report: CollapseReport, *, title: str | None = None) -> Figure:
     edges = torch.arange(0, 180 + width, width).numpy()
     for ax, (panel, _), count in zip(axes, panels, counts, strict=True):
         bars = count.view(len(count), -1, int(width / STEP)).sum(2)
-        for name, bar, color in zip(labels, bars, [*_colors(members), "black"], strict=True):
+        for name, bar, color in zip(labels, bars, [*group_colors(members), "black"], strict=True):
             pairs = int(bar.sum())
             if pairs:
                 text = f"{name}: {pairs}"
-                ax.stairs((100 * bar / pairs).numpy(), edges, label=text, color=color, fill=True, alpha=0.35)
-                ax.stairs((100 * bar / pairs).numpy(), edges, color=color, linewidth=1)
+                ax.stairs((100 * bar / pairs).numpy(), edges, label=text, color=color, linewidth=1.6)
         ax.axvline(etf, color="black", linestyle="--", linewidth=1.2, label=f"simplex ETF: {etf:.1f}°")
-        _finish(ax, panel, "angle, degrees")
+        finish_axes(ax, panel, "angle, degrees")
     axes[0].set_xlim(max(low - 2 * width, 0), min(high + 3 * width, 180))
     axes[0].set_yticks([tick for tick in axes[0].get_yticks() if tick <= 100])
     axes[0].set_ylim(0, 1.45 * axes[0].get_ylim()[1])  # room for the legends
@@ -209,34 +209,32 @@ def plot_angles(report: CollapseReport, *, title: str | None = None) -> Figure:
     return figure
 
 
-def _figure(width: float, height: float, title: str | None) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("nc_probe.plots needs matplotlib: pip install 'timm-deq[recipes]'") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    if title:
-        figure.suptitle(label(title, most=90), fontsize=12)
-    return figure
-
-
-def _colors(groups: Sequence[Any] | Mapping[str, Any]) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(len(groups))]
+def _color_limits(grams: Sequence[Tensor], num_classes: int) -> tuple[float, float]:
+    """-1 and 1 for few classes; for many, symmetric about the simplex, as wide as 99 % of the pairs are from it."""
+    m = len(grams[0])
+    if m <= MAX_NAMES:
+        return -1, 1
+    ideal, step = simplex_etf_cosine(num_classes), math.ceil(m / 1000)
+    rows, columns = torch.triu_indices(len(range(0, m, step)), len(range(0, m, step)), 1)
+    apart = torch.cat([(gram[::step, ::step][rows, columns] - ideal).abs() for gram in grams])
+    apart = apart[apart.isfinite()]
+    reach = float(apart.kthvalue(math.ceil(0.99 * len(apart))).values) if len(apart) else 1.0
+    return ideal - max(reach, 1e-3), ideal + max(reach, 1e-3)
 
 
 def _curves(rows: Mapping[str, Sequence[tuple[str, CollapseReport]]], title: str | None) -> Figure:
     """A row of panels for each sequence of named reports, under what its places are."""
-    figure = _figure(11, 3.6 * len(rows), title)
+    figure = blank_figure(11, 3.6 * len(rows), title)
     for panels, (kind, places) in zip(figure.subplots(len(rows), 3, squeeze=False), rows.items(), strict=True):
         groups = places[-1][1].groups
         for ax, (measure, key) in zip(panels, CURVES, strict=True):
-            for name, color in zip((None, *groups), ("black", *_colors(groups)), strict=True):
+            for name, color in zip((None, *groups), ("black", *group_colors(groups)), strict=True):
                 values = [getattr(r if name is None else r.groups[name], key) for _, r in places]
                 values = [value if math.isfinite(value) else math.nan for value in values]
                 shown = label(name) if name else "all"
                 ax.plot(range(len(places)), values, color=color, label=shown, marker="o", markersize=3.5)
-            _finish(ax, measure, label(kind, most=40))
-            _scale(ax)
+            finish_axes(ax, measure, label(kind, most=40))
+            scale_values(ax)
             # The last place is always named, and none so near before it that their names would meet.
             step = math.ceil(len(places) / MAX_TICKS)
             ticks = [*range(0, len(places) - step, step), len(places) - 1]
@@ -245,21 +243,6 @@ def _curves(rows: Mapping[str, Sequence[tuple[str, CollapseReport]]], title: str
         if groups:
             panels[0].legend(frameon=False, fontsize=8.5)
     return figure
-
-
-def _scale(ax: Axes) -> None:
-    """A logarithmic axis for what spans a factor of ten or more."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    values = [float(y) for line in ax.get_lines() for y in line.get_xydata()[:, 1] if math.isfinite(y)]  # pyright: ignore
-    if values and min(values) > 0 and max(values) >= 10 * min(values):
-        ax.set_yscale("log")
-        if max(values) < 1e3 * min(values):
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
-    elif values:
-        ax.set_ylim(0, 1.08 * max(values) or 1)
 
 
 def _count_angles(rows: Tensor, members: Sequence[Tensor]) -> Tensor:
@@ -281,13 +264,6 @@ def _count_angles(rows: Tensor, members: Sequence[Tensor]) -> Tensor:
             rest = rest & ~(member[start : start + TILE, None] & member)
         counts[-1] += torch.bincount(bin[rest], minlength=bins)
     return counts
-
-
-def _finish(ax: Axes, title: str, label: str) -> None:
-    ax.set_title(title, fontsize=10.5, loc="left")
-    ax.set_xlabel(label)
-    ax.grid(alpha=0.25, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
 
 
 def _by_group(report: CollapseReport) -> tuple[list[int], list[tuple[str, int]]]:
@@ -316,13 +292,14 @@ def _annotate(ax: Axes, gram: torch.Tensor, spans: list[tuple[str, int]]) -> Non
         for i, row in enumerate(gram.tolist()):
             for j, value in enumerate(row):
                 if i != j and math.isfinite(value):
-                    text = f"{value:.2f}".replace("0.", ".")
+                    text = f"{round(value, 2) + 0.0:.2f}".replace("0.", ".")  # no -.00
                     color = "white" if abs(value) > 0.6 else "black"
                     ax.text(j, i, text, ha="center", va="center", fontsize=6.5, color=color)
 
 
 def _name_axes(ax: Axes, names: list[str], *, left: bool) -> None:
-    shown = names if len(names) <= MAX_NAMES else []
-    ax.tick_params(length=0, labelsize=8)
-    ax.set_xticks(range(len(shown)), shown, rotation=90 if max(map(len, names)) > 2 else 0)
-    ax.set_yticks(range(len(shown)) if left else [], shown if left else [])
+    step = 1 if len(names) <= MAX_NAMES else math.ceil(len(names) / MAX_TICKS)
+    places, shown = range(0, len(names), step), names[::step]
+    ax.tick_params(length=0 if step == 1 else 2, labelsize=8)
+    ax.set_xticks(places, shown, rotation=90 if max(map(len, shown)) > 2 else 0)
+    ax.set_yticks(places if left else [], shown if left else [])

@@ -70,7 +70,8 @@ NC_PROBE_FLOORS = {
     "text": set(),
     "report": {"moments", "measures", "storage", "text"},
     "labels": set(),
-    "plots": {"labels", "moments", "measures", "report"},
+    "style": {"labels"},
+    "plots": {"labels", "moments", "measures", "report", "style"},
     "pass_sums": {"moments", "hooks", "measures", "report"},
     "probe": {"moments", "hooks", "measures", "report", "pass_sums"},
 }

@@ -168,6 +168,46 @@ def test_grams_by_falling_frequency():
     assert names(plot_grams(few, order="frequency").axes[0]) == ["3", "1"]
 
 
+def test_names_are_names_whatever_is_in_them(tmp_path):
+    """Mathematics that cannot be read ends a figure as it is drawn; a name of a line would push the picture out."""
+    strange = {"$\\frac$": [1, 4], "a\nline": [0], "x" * 300: [2, 3]}
+    report = example(groups=strange)
+    report = dataclasses.replace(report, layers={"$1": report}, iterates={"H0": report, "$^$": report})
+    class_names = ["$\\frac$", "two $", "a" * 200, "\n", "_{"]
+    for figure in (
+        plot_grams(report, class_names=class_names, title="$\\frac$"),
+        plot_angles(report, title="$^"),
+        plot_depth(report),
+        plot_iterates(report),
+    ):
+        figure.savefig(tmp_path / "x.png", dpi=50)
+        box = figure.get_tightbbox()
+        assert box.x0 > -0.1 and box.y0 > -0.1
+        assert box.x1 < figure.get_figwidth() + 0.1 and box.y1 < figure.get_figheight() + 0.1
+    texts = names(plot_grams(report, class_names=class_names).axes[0])
+    assert sorted(texts) == sorted([r"\$\frac\$", r"two \$", "a" * 8 + "…" + "a" * 7, "3", " _{"])
+
+
+def test_cosines_that_round_to_zero_have_no_sign():
+    rows = torch.tensor([[1.0, 1e-3, 0], [1e-3, -1, 0], [-1, 1, 0]])
+    report = dataclasses.replace(example(counts=COUNTS[:3], groups={}), means=rows.double(), weight=None)
+    texts = [text.get_text() for text in plot_grams(report).axes[0].texts]
+    assert ".00" in texts and "-.71" in texts and "-.00" not in texts
+
+
+def test_many_classes_are_coloured_by_their_distance_to_the_simplex():
+    gen = torch.Generator().manual_seed(0)
+    means = torch.eye(60).double() + 0.02 * torch.randn(60, 60, generator=gen).double()
+    means[:2] = 1 + 0.1 * means[:2]  # merged: one pair of 1770, beyond the darkest red
+    report = measure(ClassMoments(60, 60).update(means, torch.arange(60)), None)
+    axes = plot_grams(report).axes[0]
+    norm, off = axes.images[0].norm, report.gram[*torch.triu_indices(60, 60, 1)]
+    assert (norm.vmin + norm.vmax) / 2 == pytest.approx(-1 / 59)
+    outside = ((off < norm.vmin) | (off > norm.vmax)).double().mean()
+    assert 0 < outside < 0.011 and norm.vmax < 0.5 and off[0] > norm.vmax
+    assert names(axes) == [str(k) for k in range(0, 60, 5)]
+
+
 @pytest.mark.parametrize(
     "draw, message",
     [
