@@ -237,7 +237,7 @@ def load_split(
         UserError: a split or column that is not there, an empty split, or labels that are no classes.
     """
     image_column, label_column = find_columns(splits, name, image_column=image_column, label_column=label_column)
-    rows = splits[name].with_format(None)
+    rows = splits[name]
     feature = {**dict(leaves(rows.features)), **rows.features}[label_column]
     codes, names = read_labels(name, rows, label_column, feature)
     if class_names is None:

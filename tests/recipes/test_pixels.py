@@ -1,10 +1,11 @@
 """Pixels of every mode of Pillow, against formulas in NumPy; broken metadata; decoders that raise anything."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps
 
 from recipes.images.pixels import _EIGHT_BITS, decode_image, to_mode
 
@@ -165,26 +166,39 @@ def test_images_stand_upright(turn):
     assert np.array_equal(np.asarray(decode_image(content, "RGB")), np.asarray(wanted.convert("RGB")))
 
 
-def broken_exif(kind):
-    """A JPEG whose EXIF block has a number stored as text beside the orientation, or is cut short."""
-    image, exif = Image.fromarray(np.kron(COLOURS, np.ones((8, 8, 1), np.uint8))), Image.Exif()
-    exif[0x0112], exif[0x011A] = 6, TiffImagePlugin.IFDRational(72)
-    block = exif.tobytes()
-    if kind == "orientation as text":
-        at = block.index((0x0112).to_bytes(2, "big" if block[6:8] == b"MM" else "little"))
-        block = block[: at + 2] + (2).to_bytes(2, "big" if block[6:8] == b"MM" else "little") + block[at + 4 :]
-    elif kind == "cut":
-        block = block[:20]
-    else:
-        block = block[:6] + b"garbage that is no TIFF"
-    return image, encode(image, "jpeg", exif=block, quality=95)
+def exif(*entries):
+    """An EXIF block of (tag, type, count, content)."""
+    block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries))
+    return block + b"".join(struct.pack("<HHI4s", *entry) for entry in entries) + bytes(4)
 
 
-@pytest.mark.parametrize("kind", ["orientation as text", "cut", "garbage"])
-def test_broken_exif_does_not_lose_an_image(kind):
-    image, content = broken_exif(kind)
+TURNED = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
+
+
+@pytest.mark.parametrize("entry", [(0x011A, 2, 4, b"72\0\0"), (0x0100, 2, 4, b"abc\0")])
+def test_an_image_stands_upright_beside_a_number_stored_as_text(entry):
+    image = Image.fromarray(np.kron(COLOURS, np.ones((8, 8, 1), np.uint8)))
+    content = encode(image, "jpeg", exif=exif(TURNED, entry), quality=95)
+    with pytest.raises((TypeError, struct.error)):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     seen = np.asarray(decode_image(content, "RGB"), dtype=float)
-    assert seen.shape == (48, 40, 3) and abs(seen - np.asarray(image)).mean() < 12
+    assert abs(seen - np.rot90(np.asarray(image), -1)).mean() < 12
+
+
+@pytest.mark.parametrize("block", [exif(TURNED)[:14], b"Exif\0\0no TIFF", exif((0x0112, 2, 2, b"6\0\0\0"))])
+def test_an_image_whose_orientation_cannot_be_read_is_kept_as_it_is(block):
+    image = Image.fromarray(np.kron(COLOURS, np.ones((8, 8, 1), np.uint8)))
+    seen = np.asarray(decode_image(encode(image, "jpeg", exif=block, quality=95), "RGB"), dtype=float)
+    assert abs(seen - np.asarray(image)).mean() < 12
+
+
+@pytest.mark.parametrize("error", [struct.error, TypeError, SyntaxError, NotImplementedError])
+def test_no_error_of_metadata_loses_an_image(monkeypatch, error):
+    def broken(image):
+        raise error("broken")
+
+    monkeypatch.setattr(Image.Image, "getexif", broken)
+    assert np.array_equal(np.asarray(decode_image(encode(Image.fromarray(COLOURS)), "RGB")), COLOURS)
 
 
 def test_the_grey_mode_that_a_column_declares_is_kept():

@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from recipes.images.digits import digits
-from recipes.images.sources import CorruptImageError, load_splits, open_dataset
+from recipes.images.sources import CorruptImageError, load_split, load_splits, open_dataset
 from recipes.images.views import ImageView, eval_loader, eval_transform, train_loader, train_transform
 from recipes.imbalance.sampling import EpochSampler
 
@@ -168,6 +168,13 @@ def test_columns_that_are_given_go_before_those_that_are_found():
         load_splits({"train": two, "test": two})
     back, _ = load_splits({"train": two, "test": two}, image_column="back")
     assert np.array_equal(np.asarray(back.read(0, "RGB")), np.asarray(pictures(2)[1]))
+
+
+def test_rows_in_any_format_are_read():
+    plain = load_split({"train": rows([0, 1])}, "train")
+    formatted = load_split({"train": rows([0, 1]).with_format("numpy", columns=["label"])}, "train")
+    assert formatted.labels.tolist() == [0, 1]
+    assert np.array_equal(np.asarray(formatted.read(1, "RGB")), np.asarray(plain.read(1, "RGB")))
 
 
 def test_columns_are_found_by_type_and_plain_integers_are_classes():
