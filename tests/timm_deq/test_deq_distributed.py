@@ -43,7 +43,7 @@ def problem(gradient):
         gradient=gradient,
         solver=SOLVERS.get(gradient, "anderson"),
         tol=1e-7,
-        max_steps=60,
+        max_steps=90,
     )
     images = torch.randn(2, 4, 3, 16, 16).double() * torch.tensor([3, 12]).view(2, 1, 1, 1, 1)
     return model.double().eval(), images.flatten(0, 1), torch.arange(8) % 4
@@ -124,7 +124,7 @@ def test_the_first_half_of_the_batch_takes_more_steps(gradient):
     with SolveLog(model) as log, torch.no_grad():
         model(images)
     first, second = log.steps.chunk(2)
-    assert second.max() < first.max() < 60, "the comparison is of converged solves of different length"
+    assert second.max() < first.max() < 90, "the comparison is of converged solves of different length"
 
 
 @pytest.mark.ddp

@@ -144,6 +144,9 @@ def test_shine_is_implicit_where_the_inverse_is_exact():
         u = Shine(refine).solve(lambda u: u @ J + g, g, None, state, transposed=True)
         u = u.value if isinstance(u, Solution) else u
         torch.testing.assert_close(u, torch.linalg.solve(eye - J.T, g.T).T)
+        t = Shine(refine).solve(lambda t: t @ J.T + g, g, None, state, transposed=False)
+        t = t.value if isinstance(t, Solution) else t
+        torch.testing.assert_close(t, torch.linalg.solve(eye - J, g.T).T)
 
 
 @pytest.mark.parametrize("cell_name", CELLS)
