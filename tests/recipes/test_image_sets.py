@@ -46,6 +46,16 @@ def run(output, *words):
     return output
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_figures():
+    """Drawing takes longer than all else here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recipes.training.measurement.save_figures", lambda *_, **__: None)
+        for module in ("evaluation", "probing"):
+            patch.setattr(f"recipes.training.{module}.figures", lambda *_: {})
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("sets")
