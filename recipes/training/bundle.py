@@ -55,12 +55,14 @@ def collect(
         results["anytime"] = _anytime(evaluation, folder, config)
         shown += _plain_files(evaluation)
     pictures = {f"figures/{path.name}": path for path in shown if PICTURE.fullmatch(path.name)}
+    aside = len(manifest.test or ())
+    tested = {"test_split": f"{config.train_split}, {aside} images kept aside"} if aside else {}
     facts = Facts(
         repo=repo,
         architecture=settings["architecture"],
         plugin="plugin" in settings,
         solver=settings.get("equilibrium", {}),
-        config=asdict(config),
+        config=asdict(config) | tested,
         results=results,
         profile=(manifest.profile, manifest.parameters),
         counts=manifest.counts,

@@ -65,10 +65,16 @@ class Manifest:
     def load(cls, path: str | Path) -> "Manifest":
         """Read a manifest back.
 
+        Args:
+            path: of the file, or the `hf-hub:` name of a run that has been pushed.
+
         Raises:
             UserError: there is no such file, it is not a manifest, or it was changed since it was written.
+            HubError: it cannot be downloaded.
         """
         name = f"manifest {str(path)!r}"
+        if is_hub_name(str(path)):
+            path = fetch(str(path), ("manifest.json",), (), setting="manifest") / "manifest.json"
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -264,10 +270,7 @@ def choose_images(config: TrainConfig, split: ImageSplit) -> Manifest:
             to select by.
     """
     if config.manifest is not None:
-        path = Path(config.manifest)
-        if is_hub_name(config.manifest):
-            path = fetch(config.manifest, ("manifest.json",), (), setting="manifest") / "manifest.json"
-        manifest = Manifest.load(path)
+        manifest = Manifest.load(config.manifest)
         manifest.check(fingerprint=split.fingerprint, labels=split.labels)
         fraction, carved = config.test_fraction, len(manifest.test or ())
         allowed = f"given or not as in the manifest, which has {carved} test images of the train split"
