@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nc_probe.labels import label
 from nc_probe.measures.geometry import simplex_etf_cosine
 from nc_probe.measures.pairwise import TILE, unit
 from nc_probe.moments.precision import cpu_by_default
+from nc_probe.output.labels import label
+from nc_probe.output.style import blank_figure, finish_axes, group_colors, scale_values
 from nc_probe.report import CollapseReport
-from nc_probe.style import blank_figure, finish_axes, group_colors, scale_values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

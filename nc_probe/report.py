@@ -15,8 +15,8 @@ from nc_probe.measures.assembly import Measurement
 from nc_probe.measures.pairwise import cosine_gram
 from nc_probe.moments.class_moments import ClassMoments
 from nc_probe.moments.precision import cpu_by_default
-from nc_probe.storage import decode, encode
-from nc_probe.text import as_text
+from nc_probe.output.storage import decode, encode
+from nc_probe.output.text import as_text
 
 __all__ = ["CollapseReport", "measure"]
 

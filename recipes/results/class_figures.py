@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from nc_probe.labels import label
+from nc_probe.output.labels import label
 from recipes.results.figures import head
 
 # Up to this many classes the cells of a confusion matrix have their values; more than this many cells a side are none.

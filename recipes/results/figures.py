@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from nc_probe import CollapseReport
-from nc_probe.labels import label
+from nc_probe.output.labels import label
 from nc_probe.plots import plot_grams
 from recipes.results.calibration import calibration_error
 from timm_deq import SolveLog, Status

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nc_probe import ClassMoments, measure
-from nc_probe.labels import label
+from nc_probe.output.labels import label
 from nc_probe.plots import plot_angles, plot_depth, plot_grams
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nc_probe.labels import label
+from nc_probe.output.labels import label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
