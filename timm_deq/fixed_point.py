@@ -6,7 +6,7 @@ Forward solves and the linear systems of implicit differentiation run through it
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -24,7 +24,7 @@ from timm_deq.solvers.base import (
 )
 
 Map = Callable[[Tensor], Tensor]
-P, T = ParamSpec("P"), TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 COMPACT_BELOW = 0.75
 """Converged samples are dropped from the batch once no more than this share is left: each time copies the rest."""
@@ -58,20 +58,20 @@ class _Run(NamedTuple):
         return _Run(*(t.index_copy(0, rows, p) for t, p in zip(self, part, strict=True)))
 
 
-def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
+def outside_inference_mode(function: F) -> F:
     """Run a function on ordinary tensors without gradients where the caller is in inference mode.
 
     Tensors made in inference mode have no version counters, by which a change in place would be noticed.
     """
 
     @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+    def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 return function(*args, **kwargs)
         return function(*args, **kwargs)
 
-    return run
+    return cast(F, run)
 
 
 @outside_inference_mode

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
 
@@ -35,7 +36,7 @@ def with_tangent(z: Tensor, tangent: Tensor | None) -> Tensor:
 
 def func_transforms() -> set[str]:
     """Return the transforms of `torch.func` that are active, of "Grad" (also of vjp and jacrev), "Jvp" and "Vmap"."""
-    stack = torch._C._functorch.get_interpreter_stack()
+    stack = _functorch.get_interpreter_stack()
     return {level.key().name for level in stack} if stack else set()
 
 

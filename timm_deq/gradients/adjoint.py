@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from timm_deq.fixed_point import Map
 from timm_deq.gradients.base import BackwardCallback, Gradient, with_present_weights
@@ -216,7 +217,7 @@ class _Adjoint(torch.autograd.Function):
         (cotangent,) = grads
         if cotangent is None:
             return None, None, None, None, None, *[None] * ctx.inputs
-        if torch._C._functorch.is_legacy_batchedtensor(cotangent):
+        if _functorch.is_legacy_batchedtensor(cotangent):
             raise RuntimeError(
                 "is_grads_batched=True and vectorize=True do not serve an equilibrium: back-propagate one cotangent at"
                 " a time, or use torch.func.jacfwd or the gradient Unrolled"
