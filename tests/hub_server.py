@@ -143,7 +143,10 @@ class Handler(Pages, BaseHTTPRequestHandler):
             return self._hang_up()
         self.data = self._read_body()
         if fault.kind == "slow":
+            requests = self.hub.requests
             self.hub.closing.wait(fault.seconds)
+            if self.hub.requests is not requests:  # `reset` since: this test has ended
+                return self._hang_up()
         if fault.call is not None:
             fault.call()
         if self.headers.get("Authorization"):
