@@ -16,7 +16,7 @@ import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from recipes.errors import UserError, exit_code
 from recipes.results.statistics import first_at_loss, paired_difference
 from recipes.settings.config import TrainConfig
 from recipes.settings.flags import Parser
+from recipes.settings.sections import HubSettings
 
-NOT_SETTINGS = ("seed", "output")
+# What runs of one setting may differ in: they may have been interrupted, and pushed to different places.
+NOT_SETTINGS = {"seed", "output", "resume", *(field.name for field in fields(HubSettings))}
 
 Run = tuple[dict[str, Any], dict[str, Any]]
 
@@ -99,8 +101,9 @@ def by_setting(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     """Put runs together that differ by nothing but their seed, each setting with its name."""
     groups: dict[str, list[Run]] = {}
     settings: dict[str, dict[str, Any]] = {}
+    defaults = asdict(TrainConfig(output="."))  # of what an earlier version had no setting for
     for config, results in runs:
-        setting = {key: value for key, value in config.items() if key not in NOT_SETTINGS}
+        setting = {key: value for key, value in (defaults | config).items() if key not in NOT_SETTINGS}
         key = json.dumps(setting, sort_keys=True)
         settings[key] = setting
         groups.setdefault(key, []).append((config, results))

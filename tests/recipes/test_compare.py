@@ -37,7 +37,18 @@ def test_what_all_runs_share_and_what_is_a_default_goes_without_saying(tmp_path,
     changes = ({}, {"sampler": "reverse", "defer": 2}, {"loss": "focal", "loss_args": {"gamma": 1}})
     assert main([run(tmp_path / str(i), **base | change) for i, change in enumerate(changes)]) == 0
     names = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert names == ["| defaults", "| defer=2 sampler=reverse", "| loss=focal loss_args.gamma=1"]
+    assert names == ["| defaults", "| sampler=reverse defer=2", "| loss=focal loss_args.gamma=1"]
+
+
+def test_runs_of_an_earlier_version_and_runs_pushed_elsewhere_are_of_one_setting(tmp_path, capsys):
+    folders = [
+        run(tmp_path / "a", seed=0, accuracy=0.5),  # has no word of skip_corrupt, nor of the Hub
+        run(tmp_path / "b", seed=1, accuracy=0.5, skip_corrupt=0, push_to_hub="lab/b", resume="auto"),
+        run(tmp_path / "c", seed=2, accuracy=0.5, skip_corrupt=3),
+    ]
+    assert main(folders) == 0
+    rows = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [["| defaults", "2"], ["| skip_corrupt=3", "1"]]
 
 
 @pytest.mark.parametrize(("n", "t"), [(2, 12.706), (5, 2.776), (31, 2.042)])  # of any printed table
@@ -111,14 +122,6 @@ def test_runs_that_cannot_be_paired(tmp_path, capsys):
     assert "runs of one setting alone" in capsys.readouterr().err
     assert main([*folders, run(tmp_path / "b", seed=0, accuracy=0.8, lr=0.2), "--paired"]) == 2
     assert "seed 0 is there twice of 'lr=0.3'" in capsys.readouterr().err
-
-
-def test_settings_of_one_name_stay_apart(tmp_path, capsys):
-    """A run of a version that lacks a setting is named as one that has its default."""
-    folders = [run(tmp_path / "old", seed=0, accuracy=0.9), run(tmp_path / "new", seed=0, accuracy=0.8, defer=0)]
-    assert main([*folders, "--paired"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("| defaults | 1 |") == 2 and "| defaults: overall % | 1 | -10 | - | - | 1 |" in out
 
 
 def test_equal_training_loss(tmp_path, capsys):
