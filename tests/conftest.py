@@ -66,3 +66,8 @@ def hub(hub_server, tmp_path, monkeypatch):
 
     yield fresh_hub(hub_server, monkeypatch, tmp_path / "hub_cache")
     close_session()
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest module, timm's own suite, for which a worker would else be waited for at the end."""
+    items.sort(key=lambda item: item.path.name != "test_timm_suite.py")
