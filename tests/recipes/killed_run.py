@@ -13,6 +13,10 @@ import sys
 from pathlib import Path
 
 import recipes.train
+import recipes.training.epoch  # noqa: F401 - what a run imports late is here before the children are
+import recipes.training.hub  # noqa: F401
+import recipes.training.measurement  # noqa: F401
+import recipes.training.tracking  # noqa: F401
 
 CALLS = ("fsync", "replace", "rename", "rmdir", "unlink", "mkdir")
 
@@ -25,10 +29,11 @@ def count_down(name, left):
         left[0] -= 1
         if left[0] == 0 and left[1] % 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        result = call(*args, **kwargs)
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
+        try:
+            return call(*args, **kwargs)
+        finally:  # also of a folder that is there already, which mkdir is asked for all the same
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(os, name, counted)
 

@@ -361,6 +361,5 @@ def test_everything_holds_at_the_defaults(tmp_path, capsys):
     pytest.importorskip("cvxpy")
     assert main(["--output", str(tmp_path / "theory"), "--verify"]) == 0
     results = json.loads((tmp_path / "theory" / "theory.json").read_text())
-    assert results["seconds"] < 120
     assert len(results["checks"]) > 200
     assert max(row["relative_gap"] for row in results["optima"]) < 1e-4
