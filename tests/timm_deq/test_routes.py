@@ -15,6 +15,7 @@ from timm_deq import (
     Anderson,
     Broyden,
     Equilibrium,
+    Gradient,
     Implicit,
     Neumann,
     Phantom,
@@ -132,6 +133,17 @@ def test_forward_mode_of_what_has_no_tangent(problem, gradient):
         output = layer_of(gradient, cell)(x)
         torch.testing.assert_close(output.detach(), z)
         assert forward_ad.unpack_dual(output).tangent is None or gradient in STEPS
+
+
+def test_forward_mode_of_a_gradient_of_the_user_s_own_is_refused(problem):
+    class Straight(Gradient):
+        def attach(self, f, z_star, **_):
+            return z_star + 0 * f(z_star)
+
+    cell, x, _, _ = problem
+    layer = Equilibrium(cell, gradient=Straight())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Straight has no forward mode: .* the gradient Implicit"):
+        torch.func.jvp(layer, (x,), (direction(x),))
 
 
 def test_jacfwd(small, gradient):

@@ -67,8 +67,14 @@ class Gradient(ABC):
             f: The map, of dual tensors.
             z_star: The equilibrium, `(B, ...)`, without a tangent.
             state: As of `attach`.
+
+        Raises:
+            RuntimeError: The gradient has none. One that differentiates the solver needs none: its steps have it.
         """
-        raise NotImplementedError  # where the solver is differentiated, its steps have the tangent
+        name = type(self).__name__
+        raise RuntimeError(
+            f"the gradient {name} has no forward mode: define its `tangent`, or use the gradient Implicit"
+        )
 
 
 def with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
