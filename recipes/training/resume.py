@@ -53,6 +53,19 @@ class Start:
                 f"the images chosen have sha256 {manifest}, which was {before}; allowed: the data set as it was"
             )
 
+    def try_folder(self) -> None:
+        """Make sure that a new folder can be made, before images are decoded for it, and leave nothing.
+
+        Raises:
+            OSError: it cannot.
+        """
+        if self.new:
+            parent = next(path for path in self.folder.absolute().parents if path.is_dir())
+            draft = parent / draft_of(self.folder).name
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            draft.rmdir()
+
     def prepare(self, config: TrainConfig, manifest: str) -> None:
         """Make the folder, or leave in it nothing but what the checkpoint knows of. For the main process alone.
 

@@ -122,6 +122,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
 
     if accelerator.is_main_process:
         prepare_push(config, network.net.pretrained_cfg["architecture"])
+        start.try_folder()
     accelerator.print("\n".join([*images.notes, f"pipeline         {batches.pipeline.describe()}"]))
     batches.load(check=start.state is None)
     if accelerator.is_main_process:
