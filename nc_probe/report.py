@@ -57,6 +57,7 @@ class CollapseReport:
         nc2_maxangle, nc2_maxangle_weight: mean |cos + 1/(K-1)|.
         mean_cosine, mean_cosine_weight: mean of pairwise cosines; 1 if the classes have merged.
         mean_norm, mean_norm_weight: mean norm of centred class means and of classifier rows.
+        mean_square_norm, mean_square_norm_weight: mean square norm of features, not centred, and of classifier rows.
         gnc2_log, gnc2_riesz: hyperspherical energy of the class means above that of the simplex ETF of as many.
         nc3: || W/||W|| - M/||M|| ||.
         nc3_cosine: mean cosine of a classifier row and its class mean.
@@ -103,6 +104,8 @@ class CollapseReport:
     mean_cosine_weight: float = NAN
     mean_norm: float = NAN
     mean_norm_weight: float = NAN
+    mean_square_norm: float = NAN
+    mean_square_norm_weight: float = NAN
     gnc2_log: float = NAN
     gnc2_riesz: float = NAN
     nc3: float = NAN

@@ -53,6 +53,7 @@ def rows_alone(rows, K, suffix):
     out = {}
     if m > 0:
         out[f"mean_norm{suffix}"] = sum(norms) / m
+        out[f"mean_square_norm{suffix}"] = float(np.trace(rows @ rows.T)) / m
     if m > 1:
         mean = sum(norms) / m
         cosines = [cosine(rows[i], rows[j]) for i, j in pairs(m)]
@@ -107,6 +108,7 @@ def report(x, labels, W, b, *, center="balanced", classes=None):
     pi = {k: mass[k] / part for k in shown}
     M, V = np.array([mu[k] - mu_G for k in shown]), W[shown]
     out |= rows_alone(M, K, "")
+    out["mean_square_norm"] = sum(pi[k] * float((of[k] ** 2).sum()) / n[k] for k in shown)
     S_W = sum(pi[k] * S[k] for k in shown)
     S_B = sum(pi[k] * np.outer(mu[k] - mu_G, mu[k] - mu_G) for k in shown)
     variance = [float(np.trace(S[k])) for k in shown]

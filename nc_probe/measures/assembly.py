@@ -182,6 +182,7 @@ class Measurement:
             "cdnv": pairwise.cdnv(M, variance),
             "nc2_norm": formulas.equinorm(M),
             "mean_norm": formulas.mean_norm(M),
+            "mean_square_norm": float(pi @ (variance + self.moments.mean[shown].square().sum(1))),
             "mean_cosine": pairwise.mean_cosine(M),
             "class_variance": tuple(variance.tolist()),
             "class_norm": tuple(M.norm(dim=1).tolist()),
@@ -225,6 +226,7 @@ class Measurement:
         values: dict[str, Any] = {
             "nc2_norm_weight": formulas.equinorm(W),
             "mean_norm_weight": formulas.mean_norm(W),
+            "mean_square_norm_weight": float(W.square().sum(1).mean()),
             "mean_cosine_weight": pairwise.mean_cosine(W),
         }
         if len(classes) > 1:
