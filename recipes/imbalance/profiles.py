@@ -48,7 +48,12 @@ def balanced(sizes: np.ndarray) -> tuple[np.ndarray, Groups]:
 
 
 def two_group(
-    sizes: np.ndarray, *, majority: int | list[int], ratio: float, class_order: Sequence[int] | None = None
+    sizes: np.ndarray,
+    *,
+    majority: int | list[int],
+    ratio: float,
+    largest: int | None = None,
+    class_order: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, Groups]:
     """n_A images of each majority class, n_A // R of each minority class.
 
@@ -56,6 +61,7 @@ def two_group(
         sizes: images at hand per class, (K,).
         majority: K_A, meaning the first K_A classes of the order, or the majority classes themselves.
         ratio: R = n_A / n_B, at least 1.
+        largest: n_A; the size of the smallest class at hand if not given.
         class_order: the classes from large to small; as they are numbered if not given.
 
     Returns:
@@ -63,9 +69,13 @@ def two_group(
 
     Raises:
         UserError: K_A outside 0..K, a class outside 0..K-1 or given twice, R below 1, R so large that a minority
-            class is empty, or an order together with majority classes given by number.
+            class is empty, a class with fewer images than it should keep, or an order together with majority classes
+            given by number.
     """
-    num_classes, largest = len(sizes), int(sizes.min())
+    num_classes, most = len(sizes), int(sizes.max())
+    n_A = int(sizes.min()) if largest is None else largest
+    if not 1 <= n_A <= most:
+        raise UserError(f"largest is {n_A}; allowed: 1 to {most}, the images of the largest class at hand")
     order = rank_classes(class_order, num_classes)
     if isinstance(majority, int):
         if not 0 <= majority <= num_classes:
@@ -77,19 +87,25 @@ def two_group(
         raise UserError(f"majority is {majority}; allowed: different classes out of 0 to {num_classes - 1}")
     _check_ratio(ratio)
     minority = [k for k in range(num_classes) if k not in set(majority)]
-    smallest = int(largest // ratio)
-    if minority and smallest < 1:
+    n_B = int(n_A // ratio)
+    if minority and n_B < 1:
         raise UserError(
-            f"ratio (R) is {ratio:g}, which leaves a minority class empty; allowed: 1 to {largest}, "
+            f"ratio (R) is {ratio:g}, which leaves a minority class empty; allowed: 1 to {n_A}, "
             "the size of a majority class"
         )
-    counts = np.full(num_classes, largest)
-    counts[minority] = smallest
+    counts = np.full(num_classes, n_A)
+    counts[minority] = n_B
+    _check_at_hand(counts, sizes)
     return counts, {"majority": sorted(majority), "minority": minority}
 
 
 def step(
-    sizes: np.ndarray, *, minority: int | float, ratio: float, class_order: Sequence[int] | None = None
+    sizes: np.ndarray,
+    *,
+    minority: int | float,
+    ratio: float,
+    largest: int | None = None,
+    class_order: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, Groups]:
     """The profile of two groups, given by its minority: the last classes of the order.
 
@@ -97,7 +113,7 @@ def step(
         sizes: images at hand per class, (K,).
         minority: an integer is the number of minority classes, a float their share of the classes, 0.0 to 1.0, which
             is rounded to a whole number of classes.
-        ratio, class_order: as for `two_group`.
+        ratio, largest, class_order: as for `two_group`.
 
     Returns:
         Images to keep per class (K,), and the classes of the groups 'majority' and 'minority'.
@@ -110,7 +126,7 @@ def step(
     if not 0 <= minority <= most:
         raise UserError(f"minority is {minority}; allowed: 0 to {most}, {what}")
     number = minority if isinstance(minority, int) else math.floor(minority * num_classes + 0.5)
-    return two_group(sizes, majority=num_classes - number, ratio=ratio, class_order=class_order)
+    return two_group(sizes, majority=num_classes - number, ratio=ratio, largest=largest, class_order=class_order)
 
 
 def exponential(
@@ -294,10 +310,14 @@ def _give(by_rank: np.ndarray, sizes: np.ndarray, class_order: Sequence[int] | N
     counts = np.empty(len(sizes), dtype=np.int64)
     # Rounded first, or the last digit of a power could cost an image.
     counts[rank_classes(class_order, len(sizes))] = np.floor(np.round(by_rank, 6))
+    _check_at_hand(counts, sizes)
+    return counts, groups_of(counts)
+
+
+def _check_at_hand(counts: np.ndarray, sizes: np.ndarray) -> None:
     if (counts > sizes).any():
         k = int(np.argmax(counts > sizes))
         raise UserError(
             f"largest is {counts.max()}, which asks for {counts[k]} images of class {k}; allowed: at most "
             f"{sizes[k]} of it, all there are"
         )
-    return counts, groups_of(counts)

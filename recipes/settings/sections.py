@@ -100,7 +100,7 @@ class ImbalanceSettings:
     alpha: float | None = None
     """pareto: exponent of the distribution; 6 if not given"""
     largest: int | None = None
-    """exponential, pareto: images of the largest class; as many as every class has if not given"""
+    """two_group, step, exponential, pareto: images of the largest class; as many as every class has if not given"""
     counts: list[int] | None = None
     """explicit: images of class 0, 1, ..."""
     class_order: Literal["given", "random"] | list[int] | None = None

@@ -176,6 +176,7 @@ def test_mistakes_in_a_file_are_told_in_one_line(tmp_path, text, message):
         ("--imbalance as_is", "as_is", {}),
         ("--imbalance step --minority 0.5", "step", {"minority": 0.5, "ratio": 10.0}),
         ("--imbalance step --minority 2 --ratio 5", "step", {"minority": 2, "ratio": 5.0}),
+        ("--largest 9", "two_group", {"majority": 3, "ratio": 10.0, "largest": 9}),
         ("--imbalance exponential --class_order given", "exponential", {"ratio": 10.0}),
         (
             "--imbalance exponential --class_order 2 0 1 --largest 9",
@@ -211,7 +212,7 @@ def test_a_profile_gets_what_it_reads(words, profile, parameters):
         ("--imbalance as_is --class_order 1 0", "class_order is [1, 0]; allowed: not given with imbalance 'as_is'"),
         ("--imbalance explicit --counts 3 4 --class_order given", "class_order is 'given'; allowed: not given with"),
         ("--imbalance exponential --alpha 2", "alpha is 2.0; allowed: not given with imbalance 'exponential'"),
-        ("--imbalance step --minority 2 --largest 9", "largest is 9; allowed: not given with imbalance 'step'"),
+        ("--imbalance as_is --largest 9", "largest is 9; allowed: not given with imbalance 'as_is'"),
         ("--minority 2", "minority is 2; allowed: not given with imbalance 'two_group'"),
         ("--imbalance balanced --ratio 5", "ratio is 5.0; allowed: not given with imbalance 'balanced'"),
         ("--imbalance pareto --majority 5", "majority is 5; allowed: not given with imbalance 'pareto'"),

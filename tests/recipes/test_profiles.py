@@ -109,6 +109,8 @@ def test_balanced_keeps_the_smallest_class_size():
 
 
 def test_majority_classes_may_be_named():
+    assert two_group(np.array([600, 90, 500]), majority=[2], ratio=10, largest=500)[0].tolist() == [50, 50, 500]
+    assert step(np.array([60, 90, 50]), minority=2, ratio=3, largest=60)[0].tolist() == [60, 20, 20]
     counts, groups = two_group(np.array([8, 9, 10, 8]), majority=[3, 1], ratio=3.9)
     assert counts.tolist() == [2, 8, 2, 8]
     assert groups == {"majority": [1, 3], "minority": [0, 2]}
@@ -223,6 +225,9 @@ def test_groups_are_a_partition_that_renaming_the_classes_renames(counts, rule, 
         ("two_group", dict(majority=[0, 0], ratio=10), r"majority is \[0, 0\]; allowed: different classes"),
         ("two_group", dict(majority=3, ratio=0.5), r"ratio \(R\) is 0.5; allowed: 1 or more"),
         ("two_group", dict(majority=3, ratio=float("nan")), r"ratio \(R\) is nan; allowed: 1 or more"),
+        ("two_group", dict(majority=3, ratio=10, largest=5001), "largest is 5001; allowed: 1 to 5000"),
+        ("step", dict(minority=3, ratio=1, largest=0), "largest is 0; allowed: 1 to 5000"),
+        ("two_group", dict(majority=3, ratio=10, largest=9), r"ratio \(R\) is 10.*allowed: 1 to 9"),
         ("two_group", dict(majority=3, ratio=5001), r"ratio \(R\) is 5001.*allowed: 1 to 5000"),
         (
             "two_group",
@@ -254,6 +259,8 @@ def test_a_class_that_has_too_few_images_is_named():
         ValueError, match="largest is 90, which asks for 30 images of class 1; allowed: at most 29 of it"
     ):
         exponential(np.array([90, 29, 10]), ratio=9, largest=90)
+    with pytest.raises(ValueError, match="largest is 90, which asks for 9 images of class 2; allowed: at most 8 of it"):
+        two_group(np.array([90, 29, 8]), majority=1, ratio=10, largest=90)
 
 
 def test_the_largest_ratio_named_is_allowed():
