@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from recipes.settings.config import TrainConfig
 from recipes.training.checkpoint import draft_of, new_folder, remove_folder, to_json, whole_folder, write_text
 from recipes.training.integrity import file_hash, find_damage
 from recipes.training.lock import lock_folder
+from recipes.training.manifest import Manifest
 from recipes.training.state import Progress, list_states, read_state, state_name
 
 # What a run may change when it goes on.
@@ -42,16 +43,24 @@ class Start:
     def __exit__(self, *_: object) -> None:
         self._held.close()
 
-    def check_images(self, manifest: str) -> None:
+    def check_images(self, manifest: Manifest) -> None:
         """Refuse to go on with other images than those of the checkpoint, whose manifest has another hash.
+
+        The manifest of an earlier version says less; what it says must be the same.
 
         Raises:
             UserError: the data set has changed.
         """
-        if self.state and (before := read_state(self.state)["manifest"]) != manifest:
-            raise UserError(
-                f"the images chosen have sha256 {manifest}, which was {before}; allowed: the data set as it was"
-            )
+        if self.state is None or (before := read_state(self.state)["manifest"]) == manifest.sha256:
+            return
+        if (file := self.state.parents[1] / "manifest.json").is_file():
+            earlier = Manifest.load(file)
+            unsaid = {name: None for name, value in asdict(earlier).items() if value is None}
+            if earlier.sha256 == before and earlier == replace(manifest, **unsaid):
+                return
+        raise UserError(
+            f"the images chosen have sha256 {manifest.sha256}, which was {before}; allowed: the data set as it was"
+        )
 
     def try_folder(self) -> None:
         """Make sure that a new folder can be made, before images are decoded for it, and leave nothing.
@@ -195,9 +204,12 @@ def damage_of(state: Path, config: TrainConfig) -> str | None:
 
 
 def compare(config: TrainConfig, conditions: Mapping[str, Any], content: Mapping[str, Any], where: str) -> None:
-    """Refuse to go on with other settings, or under other conditions, than those of a checkpoint."""
+    """Refuse to go on with other settings, or under other conditions, than those of a checkpoint.
+
+    What the version that wrote it had no setting for is as it is by default.
+    """
     mine = {**asdict(config), **conditions}
-    theirs = {**content["config"], **content.get("conditions", conditions)}
+    theirs = {**asdict(TrainConfig(output="-")), **content["config"], **content.get("conditions", conditions)}
     missing = object()
     differing = [
         f"{name} {theirs.get(name, 'none')!r}, now {mine.get(name, 'none')!r}"

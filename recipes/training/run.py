@@ -103,7 +103,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, start: Start) -> Run:
     """
     started = time.perf_counter()
     images = RunImages(config, accelerator)
-    start.check_images(images.manifest.sha256)
+    start.check_images(images.manifest)
     set_seed(config.seed)
     network = Network(config, len(images.class_names), accelerator)
     names = network.net.pretrained_cfg.get("label_names")

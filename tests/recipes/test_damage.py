@@ -1,5 +1,6 @@
 """Run folders that were damaged, edited or are in use: a run goes on from what is whole, or says what is not."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -162,6 +163,41 @@ def test_a_folder_that_is_not_what_it_was_is_left_alone(words, copy, capsys, har
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
     assert contents(copy) == before
+
+
+def make_older(folder, **change):
+    """A run of a version without some settings, without names of classes in its manifest, and without checksums."""
+    file = folder / "manifest.json"
+    said = json.loads(file.read_text()) | change
+    earlier = {key: value for key, value in said.items() if key not in ("class_names", "sha256")}
+    text = json.dumps(earlier, sort_keys=True, separators=(",", ":"))
+    file.write_text(json.dumps(earlier | {"sha256": hashlib.sha256(text.encode()).hexdigest()}))
+    for path in folder.glob("states/*/state.json"):
+        content = json.loads(path.read_text())
+        for name in ("sha256", "files", "folder"):
+            del content[name]
+        for name in ("test_fraction", "val_split", "skip_corrupt"):
+            del content["config"][name]
+        content["manifest"] = json.loads(file.read_text())["sha256"]
+        path.write_text(json.dumps(content))
+
+
+def test_a_run_of_an_earlier_version_goes_on(words, straight, copy):
+    make_older(copy)
+    assert main(["--output", str(copy), "--resume", "auto", *words]) == 0
+    assert numbers(copy) == numbers(straight)
+
+
+def test_a_run_of_an_earlier_version_does_not_go_on_with_other_images(words, copy, capsys):
+    make_older(copy, indices=[*range(1, 91)])
+    assert main(["--output", str(copy), "--resume", "auto", *words]) == 2
+    assert "allowed: the data set as it was" in capsys.readouterr().err
+
+
+def test_a_setting_that_an_earlier_version_had_not_is_its_default(words, copy, capsys):
+    make_older(copy)
+    assert main(["--output", str(copy), "--resume", "auto", *words, "--skip_corrupt", "3"]) == 2
+    assert "had other settings: skip_corrupt 0, now 3; allowed" in capsys.readouterr().err
 
 
 def test_a_folder_in_use_is_refused_until_its_process_has_died(words, straight, copy, capsys):
