@@ -2,13 +2,13 @@
 
 A folder is split by its first level, whose names are those of `SPLIT_NAMES`, and by nothing else: a class may be called
 `train` or `test-tube`. Files that hold many images (parquet and the like) are split by their folder, or by their own
-name where it is that of a split, alone or with the number of a shard.
+names where each has that of one split as a word.
 """
 
 import glob
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,6 @@ _READERS: dict[str, tuple[str, dict[str, Any], bool]] = {
 }
 
 _SHARD = re.compile(r"(?P<name>.+?)-\d{5}-of-\d{5}")
-_NUMBERED = re.compile(r"(?P<name>[a-z]+)[-_.]?\d*", re.IGNORECASE)
 _WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_NAMES)})(?![a-z])", re.IGNORECASE)
 
 
@@ -186,28 +185,60 @@ def _open_pictures(
     folders = {split: [inner.rpartition("/")[0] for _, inner in files] for split, files in splits.items()}
     names = sorted({path.rsplit("/", 1)[-1] for paths in folders.values() for path in paths if path})
     sorts = bool(names) and not ((metadata or others) and len(names) == 1)
+    repeats = False
     for split, paths in folders.items():
         parents = {path.rsplit("/", 1)[-1]: path for path in paths}
         twice = [path for path in paths if parents[path.rsplit("/", 1)[-1]] != path]
         if metadata and twice:
             sorts = False
-        elif sorts and twice:
-            name = twice[0].rsplit("/", 1)[-1]
-            raise LayoutError(
-                f"folder {str(folder)!r} has images in {twice[0]!r} and {parents[name]!r}; allowed: one folder for "
-                f"each class, {name!r} being in two"
-            )
+        repeats |= sorts and bool(twice)
         if sorts and not metadata and any(paths) and not all(paths):
             loose = splits[split][paths.index("")][0]
             raise LayoutError(f"image {str(folder / loose)!r} lies in no class folder; allowed: every image in one")
+    if sorts and repeats and not metadata:
+        return _with_levels(folder, splits)
     notes = _read_metadata(folder, metadata)
     opened = {}
     for split, files in splits.items():
-        paths = [str(folder / file) for file, _ in files]
-        rows = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+        paths, rows = [str(folder / file) for file, _ in files], _image_rows(folder, files)
         labels = [path.rsplit("/", 1)[-1] or None for path in folders[split]] if sorts else None
         opened[split] = _with_labels(rows, paths, labels, names, notes)
     return opened
+
+
+def _with_levels(folder: Path, splits: Mapping[str, list[tuple[str, str]]]) -> dict[str, datasets.Dataset]:
+    """Splits of images in folders within folders, of which either may be the class: a column for each level.
+
+    A level that is the same for all images tells nothing, and has none.
+    """
+    levels = {split: [inner.split("/")[:-1] for _, inner in files] for split, files in splits.items()}
+    every = [parts for rows in levels.values() for parts in rows]
+    depths = {len(parts) for parts in every}
+    of: dict[str, int] = {f"folder_{level + 1}": level for level in range(min(depths))}
+    of |= {"folder_last": -1} if len(depths) > 1 else {}
+    opened = {}
+    for split, files in splits.items():
+        rows = _image_rows(folder, files)
+        for column, level in of.items():
+            names = sorted({parts[level] for parts in every})
+            if len(names) > 1:
+                labels = [parts[level] for parts in levels[split]]
+                rows = _with_classes(rows, column, labels, names)
+        opened[split] = rows
+    return opened
+
+
+def _image_rows(folder: Path, files: Sequence[tuple[str, str]]) -> datasets.Dataset:
+    paths = [str(folder / file) for file, _ in files]
+    return datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+
+
+def _with_classes(
+    rows: datasets.Dataset, column: str, labels: Sequence[str | None], names: list[str]
+) -> datasets.Dataset:
+    number: dict[str | None, int] = {name: k for k, name in enumerate(names)}
+    numbers = [number.get(label) for label in labels]
+    return rows.add_column(column, numbers).cast_column(column, datasets.ClassLabel(names=names))  # type: ignore
 
 
 def _with_labels(
@@ -228,10 +259,7 @@ def _with_labels(
                 taken = table[name] if name == "label" else taken
     if labels is None or (taken is not None and list(map(str, taken.to_pylist())) == labels):
         return rows
-    number: dict[str | None, int] = {name: k for k, name in enumerate(names)}
-    numbers = [number.get(label) for label in labels]
-    column = "label" if taken is None else FOLDER_COLUMN
-    return rows.add_column(column, numbers).cast_column(column, datasets.ClassLabel(names=names))  # type: ignore
+    return _with_classes(rows, "label" if taken is None else FOLDER_COLUMN, labels, names)
 
 
 def _feature(table: pa.Table, name: str) -> datasets.Value:
@@ -291,10 +319,10 @@ def _split_files(folder: Path, files: Sequence[str]) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {}
     for file in files:
         splits.setdefault(_split_of(file, by_name=file in inside), []).append(file)
-    if "" in splits and (len(splits) > 1 or any(_WORD.search(file) for file in splits[""])):
+    if "" in splits and (len(splits) > 1 or any(_words(Path(file).stem) for file in splits[""])):
         raise LayoutError(
-            f"folder {str(folder)!r} has {shorten(splits[''], 3)}, of no split; allowed: files such as train.parquet, "
-            "train-00000-of-00001.parquet or files in folders train, validation, test"
+            f"folder {str(folder)!r} has {shorten(splits[''], 3)}, of no one split; allowed: files such as "
+            "train.parquet, train-00000-of-00001.parquet or files in folders train, validation, test"
         )
     return {split or "train": members for split, members in splits.items()}
 
@@ -307,5 +335,10 @@ def _split_of(file: str, *, by_name: bool) -> str:
     stem = Path(file).stem
     if shard := _SHARD.fullmatch(stem):
         return SPLIT_NAMES.get(shard["name"].lower(), shard["name"])
-    numbered = _NUMBERED.fullmatch(stem)
-    return SPLIT_NAMES.get(numbered["name"].lower(), "") if numbered else ""
+    found = _words(stem)
+    return found.pop() if len(found) == 1 else ""
+
+
+def _words(stem: str) -> set[str]:
+    """Splits whose names are words of a name."""
+    return {SPLIT_NAMES[word.lower()] for word in _WORD.findall(stem)}

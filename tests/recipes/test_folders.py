@@ -83,7 +83,10 @@ def test_folders_are_split_by_their_first_level_and_by_nothing_else(tmp_path, fi
     [
         (["train/a/0.png", "test/a/1.png", "extra/a/2.png"], "splits 'train', 'test' beside 'extra'; allowed: nothing"),
         (["val/a/0.png", "valid/a/1.png"], "two folders of split 'validation': 'valid', 'val'; allowed: one"),
-        (["cat/2020/0.png", "dog/2020/1.png"], "has images in 'cat/2020' and 'dog/2020'; allowed: one folder for each"),
+        (
+            ["cat/2020/0.png", "dog/2020/1.png", "dog/2021/2.png"],
+            "label_column of split 'train' must be given: columns that may hold a label are 'folder_1', 'folder_2'; ",
+        ),
         (["0.png", "cat/1.png", "dog/2.png"], "0.png' lies in no class folder; allowed: every image in one"),
         (
             ["train/0.png", "test/1.png"],
@@ -96,6 +99,22 @@ def test_layouts_that_may_be_read_in_two_ways_are_refused(tmp_path, files, messa
     with pytest.raises(ValueError) as raised:
         content(tmp_path)
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "level", "wanted"),
+    [
+        (["cat/2020/0.png", "dog/2020/1.png"], None, ["cat", "dog"]),  # the only level that tells images apart
+        (["train/a/x/0.png", "train/b/x/1.png", "test/a/x/2.png"], None, ["a", "b", "a"]),
+        (["part1/cat/0.png", "part1/dog/1.png", "part2/cat/2.png"], "folder_2", ["cat", "dog", "cat"]),
+        (["part1/cat/0.png", "part1/dog/1.png", "part2/cat/2.png"], "folder_1", ["part1", "part1", "part2"]),
+        (["cat/0.png", "more/cat/1.png", "more/dog/2.png"], "folder_last", ["cat", "cat", "dog"]),
+    ],
+)
+def test_a_level_of_folders_within_folders_is_the_class(tmp_path, files, level, wanted):
+    tree(tmp_path, files)
+    found = content(tmp_path, label_column=level)
+    assert {i: name for images in found.values() for i, name in images.items()} == dict(enumerate(wanted))
 
 
 def test_rows_are_in_the_order_of_datasets(tmp_path):
@@ -176,6 +195,8 @@ def table(first, labels):
         (["train/a.parquet", "test/train.parquet", "validation/b.parquet"], ["train", "test", "validation"]),
         (["x/a.parquet", "x/b.parquet"], ["train", "train"]),
         (["train_0.parquet", "train_1.parquet", "val.parquet"], ["train", "train", "validation"]),
+        (["wds-train-0001.parquet", "wds-train-0002.parquet", "wds_val.parquet"], ["train", "train", "validation"]),
+        (["wds-test-0.parquet"], ["test"]),
         (["test_a-00000-of-00001.parquet", "train-00000-of-00001.parquet"], ["test_a", "train"]),
     ],
 )
@@ -191,12 +212,13 @@ def test_files_of_many_images_are_split_by_their_folder_or_name(tmp_path, files,
 
 
 @pytest.mark.parametrize(
-    "files", [["train.parquet", "other.parquet"], ["freight train.parquet", "car.parquet"], ["wds-test-0.parquet"]]
+    "files",
+    [["train.parquet", "other.parquet"], ["freight train.parquet", "car.parquet"], ["train-on-test.parquet"]],
 )
 def test_files_of_no_split_are_named(tmp_path, files):
     for file in files:
         pandas.DataFrame(table(0, ["a", "b"])).to_parquet(tmp_path / file)
-    with pytest.raises(ValueError, match="of no split; allowed: files such as train.parquet"):
+    with pytest.raises(ValueError, match="of no one split; allowed: files such as train.parquet"):
         content(tmp_path)
 
 
