@@ -44,7 +44,7 @@ class Pages:
 
     def _repo(self, name: str, *, write: bool = False) -> Repo:
         user, repo = self._user(), self.hub.repos.get(name)
-        namespace = name.split("/")[0]
+        namespace = name.removeprefix("datasets/").split("/")[0]
         visible = repo and (not repo.private or (user and (namespace == user.name or namespace in user.orgs)))
         if not visible:
             if user is None:
@@ -109,6 +109,7 @@ class Pages:
         data = yaml.safe_load(block[1]) if block else {}
         about = {"library_name": data.get("library_name"), "tags": data.get("tags", []), "cardData": data or None}
         about |= {"lastModified": EPOCH, "createdAt": EPOCH, "siblings": siblings, "gated": False, "disabled": False}
+        name = name.removeprefix("datasets/")
         return {"id": name, "modelId": name, "private": repo.private, "sha": commit.oid, **about}
 
     def refs(self, name: str) -> Any:
@@ -183,7 +184,8 @@ class Pages:
             raise refusal
         headers |= {"ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
         if file.sha256 is None:  # elsewhere on the same host
-            headers["Location"] = f"/api/resolve-cache/models/{name}/{commit.oid}/{path}"
+            kind = "" if name.startswith("datasets/") else "models/"
+            headers["Location"] = f"/api/resolve-cache/{kind}{name}/{commit.oid}/{path}"
             return 307, b"", headers
         headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.content))}
         headers["Location"] = f"{self.hub.storage}/storage/{file.sha256}?signature=of-the-day"
@@ -322,8 +324,8 @@ class Pages:
         return {"success": True, "commitOid": made.oid, "commitUrl": url, "hookOutput": "", "pullRequestUrl": None}
 
 
-_REPO = r"([^/]+/[^/]+)"
-_MODEL = rf"/api/models/{_REPO}"
+_REPO = r"(datasets/[^/]+/[^/]+|(?!datasets/)[^/]+/[^/]+)"  # data sets: as in their URLs
+_MODEL = r"/api/(?:models/)?(datasets/[^/]+/[^/]+|(?<=models/)[^/]+/[^/]+)"
 ROUTES: list[tuple[str, str, Any]] = [
     ("GET", "/api/whoami-v2", Pages.whoami),
     ("POST", "/api/repos/create", Pages.create_repo),
@@ -338,7 +340,7 @@ ROUTES: list[tuple[str, str, Any]] = [
     ("POST", rf"{_MODEL}/preupload/([^/]+)", Pages.preupload),
     ("POST", rf"{_MODEL}/commit/([^/]+)", Pages.commit),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", Pages.lfs_batch),
-    ("GET HEAD", rf"/api/resolve-cache/models/{_REPO}/([^/]+)/(.+)", Pages.resolve_cache),
+    ("GET HEAD", rf"/api/resolve-cache/(?:models/)?{_REPO}/([^/]+)/(.+)", Pages.resolve_cache),
     ("GET HEAD", rf"/{_REPO}/resolve/([^/]+)/(.+)", Pages.resolve),
     ("PUT", "/storage/([0-9a-f]{64})", Pages.store),
     ("GET HEAD", "/storage/([0-9a-f]{64})", Pages.stored),

@@ -1,57 +1,19 @@
 """Folders of images, and of files that hold images, as splits of rows.
 
 A folder is split by its first level, whose names are those of `SPLIT_NAMES`, and by nothing else: a class may be called
-`train` or `test-tube`. Files that hold many images (parquet and the like) are split by their folder, or by their own
-names where each has that of one split as a word.
+`train` or `test-tube`.
 """
 
-import glob
-import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
-from PIL import Image
-from pyarrow import csv, json, parquet
 
-from recipes.errors import UserError
 from recipes.images.columns import FOLDER_COLUMN
-from recipes.images.labels import column_values, shorten
-
-SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-"""The first level of a folder, in lower case, and the split that it is."""
-
-_METADATA: dict[str, Callable[[str], pa.Table]] = {
-    "metadata.csv": csv.read_csv,
-    "metadata.jsonl": json.read_json,
-    "metadata.parquet": parquet.read_table,
-}
-
-# Files that hold many images or name them, by extension: the reader of `datasets`, its arguments, and whether they can
-# hold the images themselves.
-_READERS: dict[str, tuple[str, dict[str, Any], bool]] = {
-    ".parquet": ("parquet", {}, True),
-    ".arrow": ("arrow", {}, True),
-    ".tar": ("webdataset", {}, True),
-    ".csv": ("csv", {}, False),
-    ".tsv": ("csv", {"sep": "\t"}, False),
-    ".jsonl": ("json", {}, False),
-    ".json": ("json", {}, False),
-}
-
-_SHARD = re.compile(r"(?P<name>.+?)-\d{5}-of-\d{5}")
-_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_NAMES)})(?![a-z])", re.IGNORECASE)
-
-
-class LayoutError(UserError):
-    """A folder that holds no images, or may be read in two ways."""
+from recipes.images.files import METADATA, SPLIT_NAMES, LayoutError, is_metadata, is_picture, list_files
+from recipes.images.labels import shorten
+from recipes.images.tables import holds_images, is_table, names_pictures, open_tables
 
 
 def open_folder(folder: Path) -> dict[str, datasets.Dataset]:
@@ -62,10 +24,10 @@ def open_folder(folder: Path) -> dict[str, datasets.Dataset]:
     """
     files = list_files(folder)
     pictures = [file for file in files if is_picture(file)]
-    metadata = [file for file in files if file.rsplit("/", 1)[-1] in _METADATA]
-    tables = [file for file in files if Path(file).suffix.lower() in _READERS and file not in metadata]
+    metadata = [file for file in files if is_metadata(file)]
+    tables = [file for file in files if is_table(file) and file not in metadata]
     tables = [file for file in tables if not file.endswith(("dataset_info.json", "dataset_infos.json"))]
-    naming = [file for file in tables if _holds_images(file) or _names_pictures(folder / file)]
+    naming = [file for file in tables if holds_images(file) or names_pictures(folder / file)]
     splits = _open_pictures(folder, pictures, metadata, others=bool(naming)) if pictures else {}
     labelled = any(len(rows.column_names) > 1 for rows in splits.values())
     if labelled and naming:
@@ -74,68 +36,12 @@ def open_folder(folder: Path) -> dict[str, datasets.Dataset]:
             "moved out of it"
         )
     if naming or (tables and not splits):
-        return _open_tables(folder, naming or tables)
+        return open_tables(folder, naming or tables)
     if not splits:
         raise LayoutError(
             f"folder {str(folder)!r} has no images; allowed: images by class, or files of images, unpacked"
         )
     return splits
-
-
-def list_files(folder: Path) -> list[str]:
-    """Paths of all files below a folder, sorted, but for hidden ones; links are followed, circles are not."""
-    found, visited = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        inner = os.path.relpath(root, folder).replace(os.sep, "/")
-        if (identity := os.path.realpath(root)) in visited:
-            folders.clear()
-            continue
-        visited.add(identity)
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        prefix = "" if inner == "." else f"{inner}/"
-        found += [prefix + name for name in names if not name.startswith((".", "__"))]
-    return sorted(found)
-
-
-def is_picture(path: str) -> bool:
-    """Whether the name of a file is that of an image that Pillow may open."""
-    Image.init()
-    format = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
-    return format in Image.OPEN and format not in ("HDF5", "BUFR", "GRIB")  # which no decoder is there for
-
-
-def with_pictures(rows: datasets.Dataset, bases: Iterable[Path]) -> datasets.Dataset:
-    """Columns of paths of images become columns of images.
-
-    Args:
-        bases: folders that relative paths may start from; the first in which the first image lies is taken.
-    """
-    for name, feature in rows.features.items():
-        if not (isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")):
-            continue
-        first = next((path for path in (rows[i][name] for i in range(min(len(rows), 5))) if path), "")
-        if not is_picture(first):
-            continue
-        base = next((base for base in bases if (base / first).exists()), None)
-        if base is None:
-            continue
-        paths = [path and str(base / path) for path in column_values(rows, name).to_pylist()]
-        rows = rows.add_column(f"{name} in full", paths).remove_columns(name).rename_column(f"{name} in full", name)  # type: ignore
-        rows = rows.cast_column(name, datasets.Image())
-    return rows
-
-
-def _holds_images(file: str) -> bool:
-    return _READERS[Path(file).suffix.lower()][2]
-
-
-def _names_pictures(path: Path) -> bool:
-    """Whether the beginning of a text has the path of an image."""
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return any(map(is_picture, re.split(r"[,;\t\n\"']", file.read(1 << 16))))
-    except OSError:
-        return False
 
 
 def _by_first_level(folder: Path, files: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
@@ -276,7 +182,7 @@ def _read_metadata(folder: Path, files: Sequence[str]) -> tuple[pa.Table, dict[s
     for file in files:
         where = folder / file
         try:
-            table = _METADATA[where.name](str(where))
+            table = METADATA[where.name](str(where))
         except (OSError, pa.ArrowException) as error:
             raise LayoutError(f"{str(where)!r} cannot be read: {error}; allowed: a table of images") from error
         if "file_name" not in table.column_names:
@@ -286,59 +192,3 @@ def _read_metadata(folder: Path, files: Sequence[str]) -> tuple[pa.Table, dict[s
     if not tables:
         return None
     return pa.concat_tables(tables, promote_options="permissive"), {path: i for i, path in enumerate(paths)}
-
-
-def _open_tables(folder: Path, tables: Sequence[str]) -> dict[str, datasets.Dataset]:
-    """Splits of files that hold many images, all of one kind.
-
-    Raises:
-        LayoutError: files of two kinds, or of which some belong to no split.
-    """
-    kinds = {Path(file).suffix.lower() for file in tables}
-    holding = sorted(kind for kind in kinds if _READERS[kind][2])
-    if len(holding) > 1:
-        raise LayoutError(f"folder {str(folder)!r} has files of kinds {shorten(holding)}; allowed: one kind")
-    kind = (holding or [kind for kind in _READERS if kind in kinds])[0]
-    files = [file for file in tables if file.lower().endswith(kind)]
-    reader, arguments, _ = _READERS[kind]
-    opened = {}
-    for split, members in _split_files(folder, files).items():
-        found = {"train": [glob.escape(str((folder / file).resolve())) for file in members]}
-        rows = datasets.load_dataset(reader, data_files=found, split="train", **arguments)
-        assert isinstance(rows, datasets.Dataset)
-        opened[split] = with_pictures(rows, [folder, (folder / members[0]).parent])
-    return opened
-
-
-def _split_files(folder: Path, files: Sequence[str]) -> dict[str, list[str]]:
-    levels = {file.partition("/")[0] for file in files if "/" in file}
-    if levels and len(levels) > sum(name.lower() in SPLIT_NAMES for name in levels):
-        inside = files  # of folders such as data/, whose files are split by their own names
-    else:
-        inside = [file for file in files if "/" not in file]
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        splits.setdefault(_split_of(file, by_name=file in inside), []).append(file)
-    if "" in splits and (len(splits) > 1 or any(_words(Path(file).stem) for file in splits[""])):
-        raise LayoutError(
-            f"folder {str(folder)!r} has {shorten(splits[''], 3)}, of no one split; allowed: files such as "
-            "train.parquet, train-00000-of-00001.parquet or files in folders train, validation, test"
-        )
-    return {split or "train": members for split, members in splits.items()}
-
-
-def _split_of(file: str, *, by_name: bool) -> str:
-    """The split of a file, or nothing."""
-    first, _, rest = file.partition("/")
-    if rest and not by_name:
-        return SPLIT_NAMES[first.lower()]
-    stem = Path(file).stem
-    if shard := _SHARD.fullmatch(stem):
-        return SPLIT_NAMES.get(shard["name"].lower(), shard["name"])
-    found = _words(stem)
-    return found.pop() if len(found) == 1 else ""
-
-
-def _words(stem: str) -> set[str]:
-    """Splits whose names are words of a name."""
-    return {SPLIT_NAMES[word.lower()] for word in _WORD.findall(stem)}

@@ -15,15 +15,17 @@ from typing import Any
 
 import datasets
 import numpy as np
-import yaml
 from PIL import Image
 
 from recipes.errors import UserError
 from recipes.images.columns import find_image_column, find_label_column, leaves
 from recipes.images.digits import digits
-from recipes.images.folders import SPLIT_NAMES, LayoutError, open_folder, with_pictures
+from recipes.images.files import SPLIT_NAMES, LayoutError, has_configurations
+from recipes.images.folders import open_folder
+from recipes.images.hub_pictures import download_pictures
 from recipes.images.labels import declared_names, match_names, read_labels, shorten, used_names
 from recipes.images.pixels import decode_image
+from recipes.images.tables import with_pictures
 
 _ALLOWED = "'digits', a folder, or a Hub data set id"
 
@@ -118,7 +120,7 @@ def open_dataset(name: str, config: str | None = None, revision: str | None = No
     """
     folder = Path(name).expanduser()
     local = name == "digits" or (name != "" and folder.is_dir())
-    configured = local and name != "digits" and (config is not None or _has_configurations(folder))
+    configured = local and name != "digits" and (config is not None or has_configurations(folder))
     plain = name == "digits" or _is_saved(folder)
     for flag, value, pointless in (("config", config, plain), ("revision", revision, local)):
         if value is not None and pointless:
@@ -134,6 +136,8 @@ def open_dataset(name: str, config: str | None = None, revision: str | None = No
             return _open_saved(folder)
         if local and not configured:
             return open_folder(folder)
+        if not local and config is None and (downloaded := download_pictures(name, revision)):
+            return open_folder(downloaded)
         opened = datasets.load_dataset(str(folder.resolve()) if local else name, config, revision=revision)
     except LayoutError:
         raise
@@ -143,16 +147,6 @@ def open_dataset(name: str, config: str | None = None, revision: str | None = No
         raise UserError(f"dataset {name!r} cannot be opened: {reason}; allowed: {_ALLOWED}") from error
     assert isinstance(opened, datasets.DatasetDict)
     return {str(split): with_pictures(rows, [folder] if local else []) for split, rows in opened.items()}
-
-
-def _has_configurations(folder: Path) -> bool:
-    """Whether the README.md of a folder lists the files of each split."""
-    try:
-        _, matter, _ = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
-        configurations = yaml.safe_load(matter)["configs"]
-        return all("data_files" in each for each in configurations)
-    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
-        return False
 
 
 def _is_reader(name: str) -> bool:
