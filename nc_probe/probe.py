@@ -147,6 +147,7 @@ class NCProbe:
         self._sums.reset()
         self.linear_error: float | None = None
         self._compared = False
+        self._versions: list[int] | None = None
         self._output.clear()
         return self
 
@@ -236,6 +237,7 @@ class NCProbe:
         training = next((name for name, m in unwrap(self.model).named_modules() if m.training), None)
         if training is not None:
             raise ValueError(f"model must be in evaluation mode, but its module {training!r} trains: call model.eval()")
+        self._check_weights()
         output = self._output.pop()
         features = (output[0] if len(output) == 1 else None) if self._input is None else self._input.pop()
         if features is None or features.ndim != 2:
@@ -248,6 +250,20 @@ class NCProbe:
         if self._input is not None and not self._compared and len(features):
             self._compared = True
             self._check_linear(features, output if mask is None else [x[mask.to(x.device)] for x in output])
+
+    def _check_weights(self) -> None:
+        """Warn, once a pass, where the weights are not those of the first update: features are then of two models."""
+        parameters = unwrap(self.model).parameters()
+        versions = [0 if parameter.is_inference() else parameter._version for parameter in parameters]
+        if self._versions is None:
+            self._versions = versions
+        elif self._versions not in ([], versions):
+            self._versions = []  # told
+            warnings.warn(
+                "the model's weights were changed between two updates of one pass: its features are of different "
+                "models. Call reset() where a pass begins",
+                stacklevel=4,
+            )
 
     def _check_linear(self, features: Tensor, output: Sequence[Tensor]) -> None:
         """Warn, once a pass, where the model does not give weight @ feature + bias."""

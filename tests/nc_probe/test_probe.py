@@ -705,3 +705,30 @@ def test_bad_arguments(arguments, message):
         NCProbe(Net(), **arguments)
     with pytest.raises(TypeError):
         NCProbe(Net(), centre="balanced")
+
+
+@pytest.mark.parametrize("when", ["between updates", "before the second pass"])
+def test_weights_that_change_within_a_pass_are_told_once(when):
+    model, (x, labels) = Net().eval(), data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().sum().backward()
+    told = pytest.warns(UserWarning, match="weights were changed between two updates of one pass")
+
+    def update(probe):
+        model(x)
+        probe.update(labels)
+
+    with NCProbe(model, cache_bytes=0) as probe:
+        update(probe)
+        update(probe)
+        optimizer.step()
+        if when == "between updates":
+            with told:
+                update(probe)
+            optimizer.step()
+            update(probe)  # which would be an error if it warned again
+            probe.reset()
+            update(probe)
+    if when == "before the second pass":
+        with probe.second_pass(), told:
+            update(probe)
