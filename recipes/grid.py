@@ -16,10 +16,12 @@ A grid is a YAML file:
     seeds: [0, 1, 2, 3, 4, 5]
     tune: {lr: [0.05, 0.1, 0.2]}            # may be left out, with tune_seeds
     tune_seeds: [100]
+    mixed_precision: bf16                   # of `accelerate launch`; may be left out
 """
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from recipes.errors import UserError, check, exit_code
 from recipes.settings.flags import Parser
@@ -67,7 +69,7 @@ def run(argv: Sequence[str] | None) -> dict[str, str]:
     elif yaml.safe_load((folder / "grid.yaml").read_text()) != yaml.safe_load(text):
         raise UserError(f"output {args.output!r} holds another grid; allowed: the folder of this one, or none")
 
-    how = {"jobs": args.jobs, "threads": args.threads}
+    how: dict[str, Any] = {"jobs": args.jobs, "threads": args.threads, "mixed_precision": grid.mixed_precision}
     chosen, failed = {}, {}
     if grid.tune and not (folder / "chosen.yaml").is_file():
         failed = run_cells(grid.tuning_cells(), folder, **how, title="tuning")

@@ -39,6 +39,7 @@ class Grid:
         seeds: of the runs, the same for every arm.
         tune: values of settings, of which each arm takes the combination with the best validation accuracy.
         tune_seeds: of the runs that choose, other than `seeds`.
+        mixed_precision: of `accelerate launch`, "no", "bf16" or "fp16".
     """
 
     arms: dict[str, dict[str, Any]]
@@ -47,6 +48,7 @@ class Grid:
     axes: dict[str, list[Any]] = field(default_factory=dict)
     tune: dict[str, list[Any]] = field(default_factory=dict)
     tune_seeds: list[int] = field(default_factory=list)
+    mixed_precision: str = "no"
 
     def __post_init__(self):
         for name in ("arms", "base", "axes", "tune"):
@@ -69,6 +71,8 @@ class Grid:
                 check(isinstance(values, list) and bool(values), f"{name}.{key}", values, "a list of values")
                 texts = [str(value) for value in values]
                 check(len(set(texts)) == len(texts), f"{name}.{key}", values, "each value once")
+        precisions = ("no", "bf16", "fp16")
+        check(self.mixed_precision in precisions, "mixed_precision", self.mixed_precision, str(precisions)[1:-1])
         self._check_keys()
 
     def _check_keys(self) -> None:

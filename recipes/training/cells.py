@@ -25,9 +25,10 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 POLL = 0.2  # seconds between looks at the processes
 
 
-def command(cell: Cell, folder: Path) -> list[str]:
+def command(cell: Cell, folder: Path, *, mixed_precision: str = "no") -> list[str]:
     """The command line of a cell: a run that begins, or goes on where it was interrupted."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(TRAIN)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    launch += ["--mixed_precision", mixed_precision, str(TRAIN)]
     own = ["--config", str(folder / "cells" / f"{cell.name}.yaml"), "--output", str(folder / "runs" / cell.name)]
     return [*launch, *own, "--seed", str(cell.seed), "--resume", "auto"]
 
@@ -37,7 +38,9 @@ def finished(cell: Cell, folder: Path) -> bool:
     return (folder / "runs" / cell.name / "results.json").is_file()
 
 
-def run_cells(cells: Sequence[Cell], folder: Path, *, jobs: int, threads: int, title: str) -> dict[str, str]:
+def run_cells(
+    cells: Sequence[Cell], folder: Path, *, jobs: int, threads: int, title: str, mixed_precision: str = "no"
+) -> dict[str, str]:
     """Run every cell that has not finished, some at a time.
 
     A cell's log is locked as long as a process writes to it, so a cell that a killed grid has left running is waited
@@ -49,6 +52,7 @@ def run_cells(cells: Sequence[Cell], folder: Path, *, jobs: int, threads: int, t
         jobs: processes at a time. Where there are several accelerators they take turns.
         threads: of each process. They are the same for any number of jobs, because they change the last bits.
         title: of the progress bar.
+        mixed_precision: of each process.
 
     Returns:
         The last line of the log of each cell that has failed, by its name.
@@ -66,7 +70,7 @@ def run_cells(cells: Sequence[Cell], folder: Path, *, jobs: int, threads: int, t
         try:
             while (waiting or running) and not came:
                 free = sorted(set(range(jobs)) - set(running))
-                started = {slot: _start_first(waiting, folder, slot, threads) for slot in free}
+                started = {slot: _start_first(waiting, folder, slot, threads, mixed_precision) for slot in free}
                 running |= {slot: both for slot, both in started.items() if both is not None}
                 time.sleep(POLL)
                 failed |= _collect(running, folder, bar)
@@ -112,7 +116,9 @@ def _collect(running: dict[int, tuple[Cell, subprocess.Popen]], folder: Path, ba
     return failed
 
 
-def _start_first(waiting: list[Cell], folder: Path, slot: int, threads: int) -> tuple[Cell, subprocess.Popen] | None:
+def _start_first(
+    waiting: list[Cell], folder: Path, slot: int, threads: int, mixed_precision: str
+) -> tuple[Cell, subprocess.Popen] | None:
     """Start the first cell that nobody is running, and take it off the list."""
     for cell in list(waiting):
         with (folder / "logs" / f"{cell.name}.log").open("ab") as log:
@@ -128,7 +134,8 @@ def _start_first(waiting: list[Cell], folder: Path, slot: int, threads: int) -> 
             if (count := torch.cuda.device_count()) > 1:
                 env["CUDA_VISIBLE_DEVICES"] = str(slot % count)
             arguments: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "env": env}
-            return cell, subprocess.Popen(command(cell, folder), start_new_session=True, **arguments)
+            launch = command(cell, folder, mixed_precision=mixed_precision)
+            return cell, subprocess.Popen(launch, start_new_session=True, **arguments)
     return None
 
 

@@ -29,11 +29,15 @@ val = 1 - abs(settings.get("lr", 0.1) - 0.2)
 """
 
 
+LAUNCHED = []  # command lines that a stub has stood for
+
+
 def stub(starts, seconds):
     real = cells.command
 
-    def command(cell, folder):
-        words = real(cell, folder)
+    def command(cell, folder, **how):
+        words = real(cell, folder, **how)
+        LAUNCHED.append(words)
         return [sys.executable, "-c", STUB, starts, seconds, *words[words.index("--config") :]]
 
     cells.command = command

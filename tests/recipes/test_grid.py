@@ -64,6 +64,15 @@ def test_cells_run_once_and_the_same_grid_goes_on(tmp_path, stubbed, capsys):
     assert "holds another grid" in capsys.readouterr().err
 
 
+def test_cells_are_launched_in_the_precision_of_the_grid(tmp_path, stubbed):
+    stub_grid.LAUNCHED.clear()
+    main([write(tmp_path / "grid.yaml", mixed_precision="bf16", seeds=[0]), "--output", str(tmp_path / "out")])
+    assert len(stub_grid.LAUNCHED) == 4
+    for words in stub_grid.LAUNCHED:
+        at = words.index("--mixed_precision")
+        assert words[at + 1] == "bf16" and at < words.index(str(cells.TRAIN)) < words.index("--config")
+
+
 def test_a_failed_cell_is_told_and_the_others_run(tmp_path, stubbed, capsys):
     grid = write(tmp_path / "grid.yaml", arms={"bad": {"lr": 0.666}, "good": {}}, axes={}, seeds=[0, 1, 2])
     assert main([grid, "--output", str(tmp_path / "out")]) == 1
@@ -121,6 +130,8 @@ def test_a_killed_grid_goes_on_and_repeats_nothing(how, tmp_path):
         ({"arms": {}}, "arms is {}; allowed: one or more"),
         ({"arms": {"a/b": {}}}, "arms is 'a/b'; allowed: names of letters"),
         ({"seeds": [1, 1]}, "seeds is [1, 1]; allowed: a list of whole numbers"),
+        ({"mixed_precision": "bf61"}, "mixed_precision is 'bf61'; allowed: 'no', 'bf16', 'fp16'"),
+        ({"mixed_precision": False}, "mixed_precision is False; allowed: 'no', 'bf16', 'fp16'"),  # a bare `no` in YAML
         ({"seeds": 3}, "seeds is 3; allowed: a list of whole numbers"),
         ({"tune": {"lr": [1]}}, "tune_seeds is []; allowed: some with tune"),
         ({"tune": {"lr": [1]}, "tune_seeds": [1]}, "tune_seeds is [1]; allowed: none of seeds"),
@@ -140,7 +151,7 @@ def test_bad_flags(tmp_path, capsys):
     (tmp_path / "full" / "file").touch()
     (tmp_path / "broken.yaml").write_text("a: [")
     for words, message in (
-        (["nowhere", "--output", "x"], "grid is 'nowhere'; allowed: a YAML file, or one of paper_digits"),
+        (["nowhere", "--output", "x"], "grid is 'nowhere'; allowed: a YAML file, or one of paper_"),
         ([grid, "--output", str(tmp_path / "full")], "exists and has no grid.yaml"),
         ([grid, "--output", "x", "--jobs", "0"], "jobs is 0; allowed: 1 or more"),
         ([str(tmp_path / "broken.yaml"), "--output", "x"], "broken.yaml': "),
