@@ -123,7 +123,7 @@ class PassSums:
         main, *heads = [self._report(i, exceeded, sync=sync) for i in range(len(self.classifiers))]
         names = [linear.name for linear in self.head.maps] if self.head and heads else []
         parts: dict[str, Any] = {"heads": dict(zip(names, heads, strict=True))}
-        settings = {name: self.settings[name] for name in ("center", "groups")}
+        settings = {name: self.settings[name] for name in ("center", "groups", "weight_decay")}
         for kind, streams in self._captured.items():
             places = {name: m for stream in streams for name, m in stream.gathered(sync=sync).items()}
             parts[kind] = {k: measure(m, None, **settings) for k, m in places.items()}

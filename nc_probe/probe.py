@@ -13,6 +13,7 @@ from nc_probe.hooks.heads import count_classes, find_head, is_compiled, unwrap
 from nc_probe.hooks.streams import CaptureStream
 from nc_probe.measures.assembly import CENTERS, check_groups, finest_partition
 from nc_probe.measures.conventions import check_conventions
+from nc_probe.measures.geometry import check_weight_decay
 from nc_probe.moments.cache import FeatureCache
 from nc_probe.moments.class_moments import ClassMoments
 from nc_probe.moments.precision import cpu_by_default
@@ -80,6 +81,7 @@ class NCProbe:
             `report.layers`.
         iterates: whether the iterates of an equilibrium model are measured too: `report.iterates`.
         conventions: named formulas of papers to report besides, see `nc_probe.measures.conventions`.
+        weight_decay: of the general orthogonal frame that `nc2_gof` compares with, see `orthogonal_frame`.
         spectrum: whether a second look sums the d x d covariance, for the ranks of the features: d^2 a sample.
         cache_bytes: host memory for features on this rank; 0 keeps none, on disk neither.
         spill_bytes: disk for features on this rank, in a temporary file.
@@ -103,6 +105,7 @@ class NCProbe:
         layers: str | Sequence[str] = (),
         iterates: bool = False,
         conventions: Sequence[str] = (),
+        weight_decay: float = 0.0,
         spectrum: bool = True,
         cache_bytes: int = 2**30,
         spill_bytes: int = 2**34,
@@ -132,7 +135,12 @@ class NCProbe:
             self._moments,
             captured=captured,
             cache=FeatureCache(cache_bytes, spill_bytes if cache_bytes else 0, cache_dtype),
-            settings={"center": center, "groups": self.groups, "conventions": self.conventions},
+            settings={
+                "center": center,
+                "groups": self.groups,
+                "conventions": self.conventions,
+                "weight_decay": check_weight_decay(weight_decay),
+            },
             spectrum=spectrum,
         )
         self._input = None if self.head is None else ClassifierInputCapture(self.head)

@@ -41,6 +41,7 @@ class CollapseReport:
 
     Attributes:
         center: "balanced" (every class counts once in centre, S_W, S_B and NC4) or "empirical" (by its count).
+        weight_decay: lambda of the general orthogonal frame compared with.
         classes: the classes reported.
         samples: of these classes.
         num_classes: K of the geometry that they are compared with: all classes with samples.
@@ -81,6 +82,7 @@ class CollapseReport:
     classes: tuple[int, ...]
     samples: int
     num_classes: int = 0
+    weight_decay: float = 0.0
     nc1: float = NAN
     nc1_rank: int = 0
     nc1_condition: float = NAN
@@ -233,6 +235,7 @@ def measure(
     groups: Mapping[str, Iterable[int]] | None = None,
     agreement: Agreement | None = None,
     conventions: Iterable[str] = (),
+    weight_decay: float = 0.0,
     features_dtype: torch.dtype = torch.float32,
 ) -> CollapseReport:
     """Measure collapse from moments and a linear classifier.
@@ -257,13 +260,23 @@ def measure(
             compare with the part of the K-class geometry that the group should be.
         agreement: samples counted with the features at hand, for NC4 and the accuracies.
         conventions: papers whose own formulas to add, of `nc_probe.measures.conventions`.
+        weight_decay: of the general orthogonal frame, see `orthogonal_frame`; its default, 0, is the limit.
         features_dtype: precision that the features came in, which decides what counts in `feature_rank`.
 
     Raises:
         ValueError: a bad argument, no samples, or moments that do not resolve the weighting.
     """
-    settings = {"center": center, "groups": groups, "conventions": conventions, "features_dtype": features_dtype}
-    return CollapseReport.of(Measurement(moments, weight, bias, **settings).values(agreement))
+    measurement = Measurement(
+        moments,
+        weight,
+        bias,
+        center=center,
+        groups=groups,
+        conventions=conventions,
+        weight_decay=weight_decay,
+        features_dtype=features_dtype,
+    )
+    return CollapseReport.of(measurement.values(agreement))
 
 
 _NESTED = ("groups", "heads", "layers", "iterates")

@@ -9,7 +9,7 @@ from torch import Tensor
 from nc_probe.measures import formulas, pairwise
 from nc_probe.measures.agreement import Agreement, shares
 from nc_probe.measures.conventions import CONVENTIONS, INVERSES, check_conventions
-from nc_probe.measures.geometry import orthogonal_frame, seli, simplex_etf
+from nc_probe.measures.geometry import check_weight_decay, orthogonal_frame, seli, simplex_etf
 from nc_probe.moments.class_moments import ClassMoments
 from nc_probe.moments.precision import float64_context
 from nc_probe.moments.second_pass import SecondPassStats
@@ -61,6 +61,7 @@ class Measurement:
         center: str = "balanced",
         groups: Mapping[str, Iterable[int]] | None = None,
         conventions: Iterable[str] = (),
+        weight_decay: float = 0.0,
         features_dtype: torch.dtype = torch.float32,
     ) -> None:
         if center not in CENTERS:
@@ -75,6 +76,7 @@ class Measurement:
         if not moments.count.any():
             raise ValueError("moments must hold at least one sample, got none: call update first")
         self.moments, self.center, self.features_dtype = moments, center, features_dtype
+        self.weight_decay = check_weight_decay(weight_decay)
         self.members, self.papers = check_groups(groups, K), tuple(conventions)
         with float64_context(moments.device):
             self.weight = None if weight is None else weight.detach().to(moments.mean)
@@ -88,7 +90,7 @@ class Measurement:
             self.origin = self.pi @ moments.mean
             self.centered = moments.mean - self.origin
             # Geometries of the classes with samples, and where in them a class stands.
-            self.seli, self.frame = seli(moments.count), orthogonal_frame(moments.count)
+            self.seli, self.frame = seli(moments.count), orthogonal_frame(moments.count, weight_decay=self.weight_decay)
             self.position = self.present.cumsum(0) - 1
             self.magnitude = float((self.pi @ moments.mean.square().sum(1)).sqrt())
             self.power = self.magnitude**2 + float(self.class_weights @ moments.trace)  # E ||x||^2
@@ -158,6 +160,7 @@ class Measurement:
         n = self.moments.count[shown]
         values: dict[str, Any] = {
             "center": self.center,
+            "weight_decay": self.weight_decay,
             "classes": tuple(shown.tolist()),
             "samples": int(n.sum()),
             "num_classes": self.num_present,

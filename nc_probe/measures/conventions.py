@@ -21,7 +21,7 @@ from nc_probe.measures.geometry import simplex_etf
 from nc_probe.moments.class_moments import ClassMoments
 from nc_probe.moments.precision import float64_context
 
-__all__ = ["CONVENTIONS", "INVERSES", "check_conventions", "fang2021", "papyan2020", "zhu2021"]
+__all__ = ["CONVENTIONS", "INVERSES", "check_conventions", "fang2021", "papyan2020", "rhubarbwu", "zhu2021"]
 
 NAN = math.nan
 
@@ -79,8 +79,8 @@ def zhu2021(
         nc1: tr(S_W S_B^+) / K. [0, inf), 0 at collapse.
         nc2: || W W^T/||W W^T||_F - (I - 1 1^T/K)/sqrt(K-1) ||_F. [0, sqrt 2].
         nc3: || W H/||W H||_F - (I - 1 1^T/K)/sqrt(K-1) ||_F, the columns of H being mu_k - mu_G. [0, 2].
-        nc3_bias: || W mu_G + b ||, b = 0 if there is none. [0, inf). At collapse the bias takes the centre back; the
-            code released has W mu_G - b.
+        nc3_bias: || W mu_G + b ||, b = 0 if there is none. [0, inf). At collapse the bias takes the centre back. As in
+            the code released, tding1/Neural-Collapse, since October 2021; W mu_G - b before, and in copies of it.
     """
     with float64_context(moments.device):
         W = _rows(moments, weight)
@@ -124,12 +124,60 @@ def fang2021(
     return values
 
 
+def rhubarbwu(
+    moments: ClassMoments,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    agreement: Agreement | None = None,
+    groups: Mapping[str, Tensor] | None = None,
+    spread: Tensor | None = None,
+) -> dict[str, float]:
+    """Wu, the library `neural_collapse` (github.com/rhubarbwu/neural-collapse, 2024), by the names of its functions.
+
+    mu_G is the mean of class means, the default of its accumulators; S_W = (1/N) sum over all samples, S_B = (1/K)
+    sum_k m_k m_k^T. u_k = m_k / ||m_k||; its kernels are of g = ||u_i - u_j||, over pairs i < j.
+
+    Returns:
+        covariance_ratio: tr(S_B^+ S_W) / K, its metric "pinv". [0, inf), 0 at collapse.
+        variability_cdnv: mean over pairs of (v_i + v_j) / (2 ||mu_i - mu_j||^2). [0, inf], 0 at collapse.
+        simplex_etf_error: || M M^T/||M M^T||_F - (I - 1 1^T/K)/sqrt(K-1) ||_F. [0, sqrt 2].
+        dist_kernel, dist_kernel_variance: `kernel_stats` of g, mean and variance; at collapse sqrt(2K/(K-1)) and 0.
+        log_kernel, log_kernel_variance: of log(1/g); at collapse -log(2K/(K-1))/2 and 0.
+        self_duality_error: || W M^T/||W M^T||_F - (I - 1 1^T/K)/sqrt(K-1) ||_F. [0, 2]. `zhu2021` has the mean of
+            samples for mu_G.
+        similarities_variance: unbiased variance of w_k . m_k, uniform duality. [0, inf), 0 at collapse.
+        clf_ncc_agreement: share of samples on which the classifier and the nearest class mean agree. [0, 1], 1 at
+            collapse. Absent with a bias that differs between classes: the classifier of the library has none.
+    """
+    with float64_context(moments.device):
+        W = _rows(moments, weight)
+        seen = moments.count > 0
+        K, n, mu = int(seen.sum()), moments.count[seen].double(), moments.mean[seen]
+        M = mu - mu.mean(0)
+        values = {"covariance_ratio": _nc1(moments, _papyan_inverse(moments), spread) / K}
+        values["variability_cdnv"] = pairwise.cdnv(M, moments.trace[seen] / n)
+        values["simplex_etf_error"] = pairwise.gram_distance(M, simplex_etf(K)) if K > 1 else NAN
+        values |= _kernels(M) | {"self_duality_error": NAN, "similarities_variance": NAN, "clf_ncc_agreement": NAN}
+        if W is not None and K > 1:
+            values["self_duality_error"] = pairwise.gram_distance(W[seen], simplex_etf(K), M)
+            values["similarities_variance"] = float((W[seen] * M).sum(1).var())
+        unbiased = bias is None or bool((bias == bias[0]).all())
+        if unbiased and agreement is not None and agreement.agree is not None:
+            values["clf_ncc_agreement"] = float(agreement.agree.sum()) / float(n.sum())
+    return values
+
+
 Convention = Callable[
     [ClassMoments, Tensor | None, Tensor | None, Agreement | None, Mapping[str, Tensor] | None, Tensor | None],
     dict[str, float],
 ]
 
-CONVENTIONS: Mapping[str, Convention] = {"papyan2020": papyan2020, "zhu2021": zhu2021, "fang2021": fang2021}
+CONVENTIONS: Mapping[str, Convention] = {
+    "papyan2020": papyan2020,
+    "zhu2021": zhu2021,
+    "fang2021": fang2021,
+    "rhubarbwu": rhubarbwu,
+}
 
 
 def check_conventions(conventions: Iterable[str]) -> tuple[str, ...]:
@@ -166,6 +214,7 @@ def _inverse(moments: ClassMoments, centered: Tensor) -> formulas.BetweenInverse
 INVERSES: Mapping[str, Callable[[ClassMoments], formulas.BetweenInverse]] = {
     "papyan2020": _papyan_inverse,
     "zhu2021": _zhu_inverse,
+    "rhubarbwu": _papyan_inverse,
 }
 """S_B^+ = B B^T of the conventions whose NC1 needs it, so that tr(B^T S_k B) can be had from a second look."""
 
@@ -192,3 +241,20 @@ def _nc1(moments: ClassMoments, inverse: formulas.BetweenInverse, spread: Tensor
 def _unbiased_equinorm(rows: Tensor) -> float:
     norms = rows.norm(dim=1)
     return float(norms.std() / norms.mean()) if len(rows) > 1 else NAN
+
+
+def _kernels(centered: Tensor) -> dict[str, float]:
+    """Mean and variance over pairs of g = ||u_i - u_j|| and of log(1/g), in two passes over tiles of pairs."""
+    m, directions = len(centered), pairwise.unit(centered)
+
+    def mean(of: Callable[[Tensor], Tensor]) -> Tensor:
+        total = torch.zeros(2, dtype=torch.float64, device=centered.device)
+        for _, squares in pairwise.squared_gaps(directions):
+            g = squares[squares != math.inf].sqrt()
+            total += of(torch.stack([g, -g.log()])).sum(1)
+        return total / (m * (m - 1) / 2)
+
+    means = mean(lambda kernels: kernels)
+    variances = mean(lambda kernels: (kernels - means[:, None]).square())
+    values = torch.stack([means, variances], 1).flatten().tolist()
+    return dict(zip(("dist_kernel", "dist_kernel_variance", "log_kernel", "log_kernel_variance"), values, strict=True))

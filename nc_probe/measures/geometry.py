@@ -13,7 +13,9 @@ all, at any K: a number per distinct count and a number per pair of distinct cou
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Self
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from nc_probe.moments.precision import cpu_by_default
 
-__all__ = ["ReferenceGram", "orthogonal_frame", "seli", "simplex_etf", "simplex_etf_cosine"]
+__all__ = ["ReferenceGram", "check_weight_decay", "orthogonal_frame", "seli", "simplex_etf", "simplex_etf_cosine"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,22 +138,48 @@ def seli(counts: Tensor | Sequence[int]) -> tuple[ReferenceGram, ReferenceGram]:
 
 
 @cpu_by_default()
-def orthogonal_frame(counts: Tensor | Sequence[int]) -> tuple[ReferenceGram, ReferenceGram]:
-    """General orthogonal frame: logits W H^T equal to the one-hot labels Y (K, N), by balanced factors.
+def orthogonal_frame(
+    counts: Tensor | Sequence[int], *, weight_decay: float = 0.0
+) -> tuple[ReferenceGram, ReferenceGram]:
+    """General orthogonal frame: logits W H^T that fit the one-hot labels Y (K, N), by balanced factors.
 
-    The minimum of ||W H^T - Y||^2 + weight decay on both factors, no bias, as the decay vanishes. Y has orthogonal rows
-    of length sqrt n_k, which are its singular values, so W W^T = diag(sqrt n_k), and for the class means, which are not
-    centred, M M^T = diag(1 / sqrt n_k).
+    The minimum of squared error without a bias, N = sum_k n_k,
+
+        ||W H^T - Y||^2 / (2N) + lambda_W ||W||^2 / 2 + lambda_H ||H||^2 / 2.
+
+    Y has orthogonal rows of length sqrt n_k, which are its singular values. Decay shrinks each, as over factors of one
+    product the penalty is at least sqrt(lambda_W lambda_H) times its nuclear norm:
+
+        s_k = max(sqrt n_k - N lambda, 0),    lambda = sqrt(lambda_W lambda_H),
+
+    and up to a factor W W^T = diag(s_k), and for the class means, which are not centred, M M^T = diag(s_k / n_k). A
+    class of sqrt n_k <= N lambda is not learned at all: its rows are zero (minority collapse of squared error).
 
     Args:
         counts: (K,) training samples n_k of each class. Classes of count zero are left out.
+        weight_decay: lambda. Default: its limit 0, where s_k = sqrt n_k.
 
     Returns:
         Grams of the classifier's rows and of the class means, of the classes with samples, in their order.
+
+    Raises:
+        ValueError: counts or weight decay are no numbers >= 0.
     """
-    kind, count, _ = _kinds(counts)
+    kind, count, size = _kinds(counts)
+    singular = (count.sqrt() - check_weight_decay(weight_decay) * float(count @ size)).clamp(min=0)
     block = torch.zeros(len(count), len(count), dtype=torch.float64)
-    return ReferenceGram(kind, count.sqrt(), block), ReferenceGram(kind, count.rsqrt(), block)
+    return ReferenceGram(kind, singular, block), ReferenceGram(kind, singular / count, block)
+
+
+def check_weight_decay(weight_decay: float) -> float:
+    """Return it as a float.
+
+    Raises:
+        ValueError: it is no finite number >= 0.
+    """
+    if isinstance(weight_decay, bool) or not isinstance(weight_decay, Real) or not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be a finite number >= 0, got {weight_decay!r}")
+    return float(weight_decay)
 
 
 def _kinds(counts: Tensor | Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nc_probe.measures.geometry import ReferenceGram, simplex_etf_cosine
 
-__all__ = ["cdnv", "cosine_gram", "equiangle", "gram_distance", "mean_cosine", "unit", "uniformity_gap"]
+__all__ = ["cdnv", "cosine_gram", "equiangle", "gram_distance", "mean_cosine", "squared_gaps", "unit", "uniformity_gap"]
 
 # Rows of a K x K matrix held at once: 512 x 21841 float64 is 89 MB, the whole would be 3.8 GB.
 TILE = 512
@@ -42,7 +42,7 @@ def cdnv(means: Tensor, variances: Tensor) -> float:
     if K < 2:
         return math.nan
     total = 0.0
-    for start, gaps in _squared_gaps(means):
+    for start, gaps in squared_gaps(means):
         v = variances[start:]
         # Ordered pairs: (v_i + v_j) / (2 gap) twice. With no variance at all coinciding means are 0/0: NaN.
         total += float(((v[: len(gaps), None] + v) / gaps).sum())
@@ -75,7 +75,7 @@ def uniformity_gap(rows: Tensor, *, num_classes: int | None = None) -> tuple[flo
     if m < 2:
         return math.nan, math.nan
     total, parts = 0.0, []
-    for _, gaps in _squared_gaps(unit(rows)):
+    for _, gaps in squared_gaps(unit(rows)):
         logs = -gaps.log() / 2
         parts.append((s * logs).flatten().logsumexp(0))
         total += float(logs.masked_fill_(gaps == math.inf, 0.0).sum())
@@ -163,7 +163,7 @@ def _seen(tile: Tensor) -> Tensor:
     return torch.ones(tile.shape, dtype=torch.bool, device=tile.device).tril()
 
 
-def _squared_gaps(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+def squared_gaps(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(start, squared distances (t, m - start) of t rows to all from `start` on), infinite where i >= j.
 
     ||a||^2 + ||b||^2 - 2 a.b is one matrix product, and loses as many digits as the distance is small beside the norms.

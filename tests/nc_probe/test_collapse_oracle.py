@@ -28,6 +28,7 @@ SHAPES = [
 NOT_NUMBERS = {
     "center",
     "num_classes",
+    "weight_decay",
     "nc1_source",
     "nc4_source",
     "means",

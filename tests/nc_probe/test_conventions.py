@@ -8,7 +8,7 @@ import torch
 from collapsed import crosses, etf, moments_of
 
 from nc_probe import CONVENTIONS, Agreement, ClassMoments, measure
-from nc_probe.measures.conventions import fang2021, papyan2020, zhu2021
+from nc_probe.measures.conventions import fang2021, papyan2020, rhubarbwu, zhu2021
 
 # d and the samples of each class
 SHAPES = [(9, [12] * 5), (9, [40, 40, 5, 5, 5]), (9, [30, 9, 4, 2, 1]), (4, [25] * 7), (4, [60, 20, 9, 5, 3, 2, 1])]
@@ -64,6 +64,41 @@ def script_of_zhu(x, labels, W, b):
     }
 
 
+def library_of_wu(x, labels, W):
+    """Its accumulators and functions in turn: MeanAccumulator, CovarAccumulator, VarNormAccumulator, DecAccumulator."""
+    K, N = len(W), len(x)
+    M = np.stack([x[labels == k].mean(0) for k in range(K)])
+    difference = x - M[labels]
+    V_intra = difference.T @ difference / N
+    V = np.array([(difference[labels == k] ** 2).sum() / (labels == k).sum() for k in range(K)])
+    squares = (x**2).sum(1)[:, None] + (M**2).sum(1) - 2 * x @ M.T
+    hits = (x @ W.T).argmax(1) == squares.argmin(1)
+
+    def structure_error(A, B):
+        struct = B @ A.T
+        struct = struct / np.linalg.norm(struct) + 1 / K / math.sqrt(K - 1)
+        return np.linalg.norm(struct - np.eye(K) / math.sqrt(K - 1))
+
+    M_centred = M - M.mean(0)
+    V_inter = M_centred.T @ M_centred / K
+    unit = M_centred / np.linalg.norm(M_centred, axis=1, keepdims=True)
+    pairs = [(i, j) for i in range(K) for j in range(i + 1, K)]
+    dist = np.array([np.linalg.norm(unit[i] - unit[j]) for i, j in pairs])
+    log = np.log(dist**-1)
+    return {
+        "covariance_ratio": np.trace(np.linalg.pinv(V_inter, rcond=1e-12) @ V_intra) / K,
+        "variability_cdnv": np.mean([(V[i] + V[j]) / 2 / ((M[i] - M[j]) ** 2).sum() for i, j in pairs]),
+        "simplex_etf_error": structure_error(M_centred, M_centred),
+        "dist_kernel": dist.mean(),
+        "dist_kernel_variance": ((dist - dist.mean()) ** 2).mean(),
+        "log_kernel": log.mean(),
+        "log_kernel_variance": ((log - log.mean()) ** 2).mean(),
+        "self_duality_error": structure_error(M_centred, W),
+        "similarities_variance": (W * M_centred).sum(1).var(ddof=1),
+        "clf_ncc_agreement": hits.mean(),
+    }
+
+
 def agreement_of(x, labels, W, b):
     means = torch.stack([x[labels == k].mean(0) for k in range(len(W))])
     chosen, nearest = (x @ W.T + b).argmax(1), torch.cdist(x, means).argmin(1)
@@ -80,6 +115,12 @@ def test_as_published(d, counts):
     assert zhu2021(moments, W, b, agreement) == pytest.approx(script_of_zhu(*arrays), rel=1e-9)
     without = script_of_zhu(*arrays[:3], np.zeros(len(counts)))
     assert zhu2021(moments, W) == pytest.approx(without, rel=1e-9)
+
+    unbiased = agreement_of(x, labels, W, torch.full_like(b, 3.0))  # a bias of all alike changes no decision
+    assert rhubarbwu(moments, W, torch.full_like(b, 3.0), unbiased) == pytest.approx(
+        library_of_wu(*arrays[:3]), rel=1e-9
+    )
+    assert math.isnan(rhubarbwu(moments, W, b, agreement)["clf_ncc_agreement"])
 
     rows = arrays[2] / np.linalg.norm(arrays[2], axis=1, keepdims=True)
     norms = np.linalg.norm(arrays[2], axis=1)
@@ -122,6 +163,18 @@ def test_means_that_coincide_at_an_offset_are_no_directions(paper, offset):
     assert nc1 == pytest.approx(within / between / (3 if paper is zhu2021 else 1), rel=1e-9)
 
 
+def test_kernels_of_directions_that_nearly_meet():
+    """Two of four class means lie 1e-7 apart, of which cosines would know nothing."""
+    M = etf(4, 9)
+    M[3] = M[2] + 1e-7 * torch.eye(9, dtype=torch.float64)[0]
+    M = M - M.mean(0)
+    values = rhubarbwu(ClassMoments(4, 9).update(M, torch.arange(4)))
+    u = M / M.norm(dim=1, keepdim=True)
+    logs = torch.stack([-(u[i] - u[j]).norm().log() for i in range(4) for j in range(i)])
+    assert values["log_kernel"] == pytest.approx(float(logs.mean()), rel=1e-8)
+    assert values["log_kernel_variance"] == pytest.approx(float(logs.var(correction=0)), rel=1e-8)
+
+
 def test_minority_collapse_and_norms():
     W = torch.cat([3 * etf(3, 8), torch.full((4, 8), 0.5).double()])
     groups = {"majority": torch.arange(3), "minority": torch.arange(3, 7)}
@@ -136,9 +189,10 @@ def test_weighting_that_pooled_moments_cannot_give_is_absent():
     x, labels, W, b = problem(9, [40, 40, 5, 5, 5])
     counts = torch.bincount(labels)
     pooled, full = ClassMoments(5, 9, class_counts=counts).update(x, labels), ClassMoments(5, 9).update(x, labels)
-    for paper in (papyan2020, zhu2021):
+    for paper in (papyan2020, zhu2021, rhubarbwu):
         got, expected = paper(pooled, W, b), paper(full, W, b)
-        assert math.isnan(got.pop("nc1")) and expected.pop("nc1") > 0
+        nc1 = "covariance_ratio" if paper is rhubarbwu else "nc1"
+        assert math.isnan(got.pop(nc1)) and expected.pop(nc1) > 0
         assert got == pytest.approx(expected, nan_ok=True)
 
 
@@ -169,7 +223,7 @@ def test_few_samples_are_no_exception(counts, weight):
     for name, paper in CONVENTIONS.items():
         values = paper(moments, W, None, None, groups)
         if not weight:
-            assert name == "fang2021" or math.isnan(values["nc3"])
+            assert name == "fang2021" or math.isnan(values["self_duality_error" if name == "rhubarbwu" else "nc3"])
         assert all(isinstance(v, float) for v in values.values())
 
 
@@ -183,3 +237,4 @@ def test_empty_classes_are_left_out():
         got, expected = paper(moments, rows, bias), paper(moments_of(x, labels, 3), W, b)
         for name in ("nc1", "nc3"):
             assert got[name] == pytest.approx(expected[name], rel=1e-10)
+    assert rhubarbwu(moments, rows) == pytest.approx(rhubarbwu(moments_of(x, labels, 3), W), rel=1e-10, nan_ok=True)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nc_probe import ReferenceGram, orthogonal_frame, seli, simplex_etf
+from nc_probe import ClassMoments, ReferenceGram, measure, orthogonal_frame, seli, simplex_etf
 from nc_probe.measures.geometry import simplex_etf_cosine
 
 COUNTS = [
@@ -88,6 +88,45 @@ def test_squared_error_with_vanishing_decay_finds_the_orthogonal_frame():
         torch.testing.assert_close(got @ got.T, reference.rows(), rtol=0, atol=3 * decay)
 
 
+@pytest.mark.parametrize("decay", [0.02, 0.12])
+def test_squared_error_at_finite_decay_shrinks_the_orthogonal_frame(decay):
+    """||W H^T - Y||^2 / (2N) + decay_W ||W||^2 / 2 + decay_H ||H||^2 / 2, N times, trained. At 0.12 the rarest class is
+    not learned: 1 < 10 * 0.12."""
+    gen, counts, ratio = torch.Generator().manual_seed(0), [6, 3, 1], 4.0
+    Y, n = one_hot(counts)
+    factors = [torch.randn(rows, 4, generator=gen, dtype=torch.float64).requires_grad_() for rows in (3, 10)]
+    optimizer = torch.optim.LBFGS(factors, max_iter=400, tolerance_grad=1e-11, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        W, H = factors
+        penalty = decay * (ratio * W.square().sum() + H.square().sum() / ratio)
+        value = (W @ H.T - Y).square().sum() / 2 + len(H) * penalty / 2
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    W, H = (f.detach() for f in factors)
+    for got, reference in zip((W, Y @ H / n[:, None]), orthogonal_frame(counts, weight_decay=decay), strict=True):
+        scale = ratio if got is W else 1 / ratio
+        torch.testing.assert_close(scale * got @ got.T, reference.rows(), rtol=0, atol=1e-4)
+
+
+def test_weight_decay_of_a_report():
+    """Five classes of 5000 and five of 50 at decay 5e-4: N decay = 12.6 > sqrt 50, so these are zero."""
+    counts = torch.tensor([5000] * 5 + [50] * 5)
+    means = torch.diag(torch.cat([torch.ones(5), torch.zeros(5)])).double()
+    moments = ClassMoments(10, 10, scatter=False).update(
+        means.repeat_interleave(counts, 0), torch.arange(10).repeat_interleave(counts)
+    )
+    at_the_limit, finite = measure(moments, None), measure(moments, None, weight_decay=5e-4, groups={"rare": [8, 9]})
+    # cos = sum_A n^-1/2 / (sqrt 5 ||n^-1/2||) of the two diagonals
+    cosine = 5 * 5000**-0.5 / math.sqrt(5 * (5 / 5000 + 5 / 50))
+    assert at_the_limit.nc2_gof == pytest.approx(math.sqrt(2 - 2 * cosine), rel=1e-12) == pytest.approx(1.342, abs=1e-3)
+    assert finite.nc2_gof == pytest.approx(0, abs=1e-12) and finite.weight_decay == 5e-4
+    assert math.isnan(finite.groups["rare"].nc2_gof), "there is no geometry of vectors that are all zero"
+
+
 def test_rows_parts_and_norms_of_any_matrix_of_kinds():
     gen = torch.Generator().manual_seed(0)
     kind, diagonal = torch.tensor([2, 0, 1, 0, 2, 2, 1]), torch.rand(3, generator=gen).double()
@@ -132,6 +171,10 @@ def test_at_the_scale_of_imagenet21k():
         (lambda: simplex_etf(3, size=4), "size must be in 0..3, got 4"),
         (lambda: seli([3, -1]), "counts must be numbers >= 0 that are not all 0, got "),
         (lambda: seli([0, 0]), "counts must be numbers >= 0 that are not all 0, got "),
+        (lambda: orthogonal_frame([1], weight_decay=-1e-9), "weight_decay must be a finite number >= 0, got -1e-09"),
+        (lambda: orthogonal_frame([1], weight_decay=math.inf), "weight_decay must be a finite number >= 0, got inf"),
+        (lambda: orthogonal_frame([1], weight_decay=math.nan), "weight_decay must be a finite number >= 0, got nan"),
+        (lambda: orthogonal_frame([1], weight_decay="1"), "weight_decay must be a finite number >= 0, got '1'"),
         (lambda: orthogonal_frame([]), "counts must be numbers >= 0 that are not all 0, got "),
         (lambda: orthogonal_frame([[1, 2]]), "counts must be numbers >= 0 that are not all 0, got "),
     ],

@@ -67,7 +67,7 @@ def no_batch_but_for_one(rank, world):
     return everything_to_one(rank, world)
 
 
-PLACES = {"layers": ["stage"], "iterates": True, "conventions": ["papyan2020", "zhu2021", "fang2021"]}
+PLACES = {"layers": ["stage"], "iterates": True, "conventions": ["papyan2020", "zhu2021", "fang2021", "rhubarbwu"]}
 CASES = [
     (stripes, PLACES),
     (stripes, {"class_counts": [21, 21, 20, 20, 1], "cache_bytes": 0}),

@@ -499,18 +499,27 @@ def test_a_failed_update_forgets_its_forward_pass():
 def test_conventions_by_a_second_look_are_those_of_the_moments():
     """On imbalanced data, where the weights of classes matter."""
     model, (x, labels) = Net().double().eval(), data()
-    papers = ["papyan2020", "zhu2021", "fang2021"]
+    papers = ["papyan2020", "zhu2021", "fang2021", "rhubarbwu"]
     report = run(model, x.double(), labels, conventions=papers, groups=GROUPS)
     with torch.no_grad():
         moments = ClassMoments(K, d).update(model.features(x.double()), labels)
     expected = measure(moments, model.fc.weight, model.fc.bias, conventions=papers, groups=GROUPS)
     for paper in papers:
         for name, value in expected.conventions[paper].items():
-            if name != "nc4":
+            if name not in ("nc4", "clf_ncc_agreement"):
                 assert report.conventions[paper][name] == pytest.approx(value, rel=1e-10), (paper, name)
     assert report.conventions["papyan2020"]["nc4"] == pytest.approx(
         1 - run(model, x.double(), labels, center="empirical").nc4
     )
+
+
+def test_weight_decay_reaches_layers_and_groups_too():
+    model, (x, labels) = Net().eval(), data()
+    settings = {"groups": GROUPS, "layers": ["stem"]}
+    limit, finite = (run(model, x, labels, weight_decay=decay, **settings) for decay in (0, 0.05))
+    for place in (lambda r: r, lambda r: r.groups["majority"], lambda r: r.layers["stem"]):
+        assert place(finite).weight_decay == 0.05 and place(finite).nc2_gof != place(limit).nc2_gof
+    assert finite.nc2_gof_weight != limit.nc2_gof_weight
 
 
 def test_a_failed_update_counts_nothing():
@@ -648,7 +657,7 @@ def test_labels_and_masks_as_people_have_them(kind):
 )
 def test_any_default_device(arguments):
     model, (x, labels) = Net().eval(), data()
-    settings = {"groups": GROUPS, "layers": ["stem"], "conventions": ["papyan2020", "zhu2021", "fang2021"]}
+    settings = {"groups": GROUPS, "layers": ["stem"], "conventions": ["papyan2020", "fang2021", "rhubarbwu"]}
     settings |= arguments | ({"class_counts": torch.bincount(labels).tolist()} if "class_counts" in arguments else {})
     expected = run(model, x, labels, **settings)
     batches = list(zip(x.split(10), labels.split(10), strict=True))
@@ -691,6 +700,7 @@ def test_wrong_class_counts_are_an_error():
     "arguments, message",
     [
         ({"center": "mean"}, r"center must be one of \('balanced', 'empirical'\), got 'mean'"),
+        ({"weight_decay": "no"}, "weight_decay must be a finite number >= 0, got 'no'"),
         ({"cache_bytes": -1}, "cache_bytes must be at least 0, got -1"),
         ({"groups": {"a": [0, 0]}}, r"groups\['a'\] must be different classes in 0..3, got \[0, 0\]"),
         ({"groups": {"a": [4]}}, r"groups\['a'\] must be different classes in 0..3, got \[4\]"),
