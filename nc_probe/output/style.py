@@ -12,10 +12,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["blank_figure", "finish_axes", "group_colors", "scale_values"]
+__all__ = ["MAX_TICKS", "blank_figure", "finish_axes", "group_colors", "scale_values"]
 
 # Groups in their order, after all classes in black. Okabe & Ito (2008): told apart by readers of any colour vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+
+# Names along an axis.
+MAX_TICKS = 12
 
 
 def blank_figure(width: float, height: float, title: str | None) -> Figure:

@@ -1,13 +1,9 @@
-"""Pictures of a report. Needs matplotlib; draws on figures of its own and leaves pyplot alone.
-
-`plot_grams` and `plot_angles` compare classes two by two, `plot_depth` goes through the layers of a model,
-`plot_iterates` through the steps of a solver.
-"""
+"""Pictures of classes two by two: the cosines of all pairs, and how their angles are distributed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,22 +13,19 @@ from nc_probe.measures.geometry import simplex_etf_cosine
 from nc_probe.measures.pairwise import TILE, unit
 from nc_probe.moments.precision import cpu_by_default
 from nc_probe.output.labels import label
-from nc_probe.output.style import blank_figure, finish_axes, group_colors, scale_values
+from nc_probe.output.style import MAX_TICKS, blank_figure, finish_axes, group_colors
 from nc_probe.report import CollapseReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_angles", "plot_depth", "plot_grams", "plot_iterates"]
+__all__ = ["plot_angles", "plot_grams"]
 
 ORDERS = ("group", "frequency")
 
 # Up to this many classes the cells are labelled with their values, and the axes with the classes.
 MAX_VALUES, MAX_NAMES = 12, 40
-
-CURVES = (("NC1: spread within classes / between", "nc1"), ("NC2: distance to simplex ETF", "nc2"), ("CDNV", "cdnv"))
-MAX_TICKS = 12
 
 # Angles are counted in steps of half a degree, and shown in bars of the first width that makes at most MAX_BARS.
 STEP, WIDTHS, MAX_BARS = 0.5, (1, 2, 5), 40
@@ -110,52 +103,6 @@ def plot_grams(
     return figure
 
 
-def plot_depth(report: CollapseReport, *, title: str | None = None) -> Figure:
-    """NC1, NC2 and CDNV of all classes and of each group against depth: layer by layer, and at last the features.
-
-    A measure that spans a factor of ten or more is on a logarithmic axis. What is undefined leaves a gap.
-
-    Args:
-        report: with `layers`.
-        title: above all.
-
-    Returns:
-        A figure; `figure.savefig(path)` writes it.
-
-    Raises:
-        ValueError: the report holds no layers.
-        ImportError: matplotlib is missing.
-    """
-    if not report.layers:
-        raise ValueError("report must hold layers, got none: NCProbe(model, layers='stages') measures them")
-    return _curves({"layer": [*report.layers.items(), ("features", report)]}, title)
-
-
-def plot_iterates(report: CollapseReport, *, title: str | None = None) -> Figure:
-    """NC1, NC2 and CDNV of all classes and of each group against the iterates of a solve, from its input H0 to z*.
-
-    Axes are as in `plot_depth`. A model with several equilibrium layers has a row of panels for each.
-
-    Args:
-        report: with `iterates`.
-        title: above all.
-
-    Returns:
-        A figure; `figure.savefig(path)` writes it.
-
-    Raises:
-        ValueError: the report holds no iterates.
-        ImportError: matplotlib is missing.
-    """
-    if not report.iterates:
-        raise ValueError("report must hold iterates, got none: NCProbe(model, iterates=True) measures them")
-    solves: dict[str, list[tuple[str, CollapseReport]]] = {}
-    for name, place in report.iterates.items():
-        layer, _, step = name.rpartition(".")
-        solves.setdefault(f"iterate of {layer}" if layer else "iterate", []).append((step, place))
-    return _curves(solves, title)
-
-
 @cpu_by_default()
 def plot_angles(report: CollapseReport, *, title: str | None = None) -> Figure:
     """Histograms of the angles of all pairs of centred class means, and of classifier rows, in degrees.
@@ -220,29 +167,6 @@ def _color_limits(grams: Sequence[Tensor], num_classes: int) -> tuple[float, flo
     apart = apart[apart.isfinite()]
     reach = float(apart.kthvalue(math.ceil(0.99 * len(apart))).values) if len(apart) else 1.0
     return ideal - max(reach, 1e-3), ideal + max(reach, 1e-3)
-
-
-def _curves(rows: Mapping[str, Sequence[tuple[str, CollapseReport]]], title: str | None) -> Figure:
-    """A row of panels for each sequence of named reports, under what its places are."""
-    figure = blank_figure(11, 3.6 * len(rows), title)
-    for panels, (kind, places) in zip(figure.subplots(len(rows), 3, squeeze=False), rows.items(), strict=True):
-        groups = places[-1][1].groups
-        for ax, (measure, key) in zip(panels, CURVES, strict=True):
-            for name, color in zip((None, *groups), ("black", *group_colors(groups)), strict=True):
-                values = [getattr(r if name is None else r.groups[name], key) for _, r in places]
-                values = [value if math.isfinite(value) else math.nan for value in values]
-                shown = label(name) if name else "all"
-                ax.plot(range(len(places)), values, color=color, label=shown, marker="o", markersize=3.5)
-            finish_axes(ax, measure, label(kind, most=40))
-            scale_values(ax)
-            # The last place is always named, and none so near before it that their names would meet.
-            step = math.ceil(len(places) / MAX_TICKS)
-            ticks = [*range(0, len(places) - step, step), len(places) - 1]
-            names = [label(places[i][0]) for i in ticks]
-            ax.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 3 else 0)
-        if groups:
-            panels[0].legend(frameon=False, fontsize=8.5)
-    return figure
 
 
 def _count_angles(rows: Tensor, members: Sequence[Tensor]) -> Tensor:
