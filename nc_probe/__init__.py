@@ -13,6 +13,7 @@ geometries that theory predicts, and `conventions` the papers' own variants; `nc
 """
 
 from nc_probe.hooks.heads import Head, find_head
+from nc_probe.loops.model import measure_model
 from nc_probe.measures.agreement import Agreement
 from nc_probe.measures.conventions import CONVENTIONS
 from nc_probe.measures.geometry import ReferenceGram, orthogonal_frame, seli, simplex_etf
@@ -30,6 +31,7 @@ __all__ = [
     "ReferenceGram",
     "find_head",
     "measure",
+    "measure_model",
     "orthogonal_frame",
     "seli",
     "simplex_etf",

@@ -71,6 +71,8 @@ NC_PROBE_FLOORS = {
     "plots": {"moments", "measures", "output", "report"},
     "pass_sums": {"moments", "hooks", "measures", "report"},
     "probe": {"moments", "hooks", "measures", "report", "pass_sums"},
+    "loops": {"moments", "hooks", "report", "probe"},
+    "integrations": {"moments", "report", "loops"},
 }
 
 
@@ -85,6 +87,13 @@ def test_nc_probe_has_floors():
             assert not above, f"{module} imports {above}"
     assert set(NC_PROBE_FLOORS) == {name.split(".")[1] for name in graph if name != "nc_probe"}
     graphlib.TopologicalSorter(graph).prepare()  # raises where modules import each other in a circle
+
+
+def test_training_loops_of_others_are_imported_by_their_own_modules():
+    loops = {"transformers", "lightning", "pytorch_lightning"}
+    for path in files(["nc_probe"]):
+        own = {path.stem} if path.parent.name == "integrations" else set()
+        assert not {name.split(".")[0] for name in imports(path)} & loops - own, path
 
 
 # Inside recipes: a floor may import those before it, and the files of a folder one another; commands stand last.

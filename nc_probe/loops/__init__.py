@@ -1,0 +1,1 @@
+"""Evaluation loops: a model is shown a loader, and measured."""
