@@ -19,7 +19,7 @@ LAYERS = {
 }
 
 # Inside the core: a module may import those of its own rank or below.
-RANKS = "version transforms solution solvers.base fixed_point solvers jacobian gradients dropout".split()
+RANKS = "version transforms solution solvers.base layout fixed_point solvers jacobian gradients dropout".split()
 RANKS += ["equilibrium", "hooks"]
 RANKS += "spectral monotone warm_start correction log models".split() + [""]
 

@@ -227,7 +227,7 @@ class Equilibrium(nn.Module):
         """Return the map for some samples alone, if converged samples are to be dropped."""
         if not self.gather or is_tracing(x) or len(x) != len(z0):
             return None
-        return lambda rows: self._map(x.index_select(0, rows))
+        return lambda rows: self._map(x[rows])  # in the layout of x, which index_select does not keep
 
     def _budget(self, x: Tensor) -> int | None:
         """Return a random budget if this is training and one is wanted; None for the solver's."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, fx
 
+from timm_deq.layout import Layout
 from timm_deq.solution import Solution, Status
 from timm_deq.solvers.base import (
     Solver,
@@ -96,7 +97,8 @@ def fixed_point(
     `torch.compile`) or runs on the meta device, all steps are run, unless the solver asks for a `while_loop`.
 
     The solver's algebra is done in float32 or better and outside autocast; f is called in the precision of `z0` and
-    under the caller's autocast.
+    under the caller's autocast. A state in channels_last, or in another dense order, stays in it, histories included:
+    f receives, and the solution has, the layout of `z0`. Recorded programs use the contiguous one.
 
     Args:
         f: A map from `(B, ...)` to `(B, ...)` that treats samples independently and is the same at every call.
@@ -133,10 +135,10 @@ def fixed_point(
     followed = residual_history is not None or callback is not None
     loops = solver.while_loop and not followed and torch.compiler.is_compiling() and not torch.is_grad_enabled()
     check_every = solver.check_every or (1 if can_read_without_sync(z0) else 4)
-    shape: Sequence[int] = z0.shape
+    layout, shape = Layout.of(z0), cast(Sequence[int], z0.shape)
 
     # Type promotion, rather than a test of the dtype, so that fx can record it.
-    z = z0.flatten(1) + z0.new_zeros(1, dtype=solver.precision)
+    z = layout.rows(z0) + z0.new_zeros(1, dtype=solver.precision)
     state = solver.init(z)
     infinite = z.new_full([z.shape[0]], float("inf"))
     zeros = torch.zeros_like(infinite, dtype=torch.long)
@@ -145,7 +147,7 @@ def fixed_point(
 
     def evaluate(z: Tensor) -> Tensor:
         version = None if tracing else z._version
-        fz = f(z.reshape(shape).to(z0.dtype))
+        fz = f(layout.state(z, shape).to(z0.dtype))
         if version is not None and z._version != version:
             raise ValueError("f must not change its input in place, as relu_(z) and z.add_(x) do")
         return fz
@@ -153,11 +155,11 @@ def fixed_point(
     for step in range(1, stopping.max_steps + 1):
         if callback is not None:
             whole = run.z if finished is None else finished[0].best.index_copy(0, finished[1], run.z)
-            callback(step - 1, whole.reshape(z0.shape).to(z0.dtype))
+            callback(step - 1, layout.state(whole, z0.shape).to(z0.dtype))
         fz = evaluate(run.z)
         if step == 1 and not isinstance(fz, fx.Proxy):
             _check_map(z0, fz)
-        fz = fz.flatten(1).to(z.dtype)
+        fz = layout.rows(fz).to(z.dtype)
         best_before = run.residual
         run, residual, measured = _measure(run, fz, stopping)
         if residual_history is not None:
@@ -189,7 +191,7 @@ def fixed_point(
         run, evaluations, state = whole.put(rows, run), evaluations.index_fill(0, rows, step), None
     unfinished = torch.where(run.active, int(Status.MAX_STEPS), int(Status.NONFINITE))
     status = torch.where(run.converged, int(Status.CONVERGED), unfinished)
-    return Solution(run.best.reshape(z0.shape), run.residual, run.steps, status, evaluations, state)
+    return Solution(layout.state(run.best, z0.shape), run.residual, run.steps, status, evaluations, state)
 
 
 def _stopping(solver: Solver, tol: float | None, max_steps: int | None) -> _Stopping:

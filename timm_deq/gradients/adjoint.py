@@ -16,6 +16,7 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from timm_deq.fixed_point import Map
 from timm_deq.gradients.base import BackwardCallback, Gradient, with_present_weights
 from timm_deq.jacobian import TransposedJacobian
+from timm_deq.layout import Layout
 from timm_deq.solution import Solution
 from timm_deq.solvers.base import State
 from timm_deq.transforms import forward_mode, func_transforms, refuse_reverse, tangent_of, with_tangent
@@ -40,9 +41,10 @@ class AdjointGradient(Gradient):
 
         Args:
             system: `u -> J^T u + g`, whose fixed point is u; `u -> J u + g` for a tangent.
-            g: The cotangent or the tangent, `(B, ...)`, in float32 or better, scaled to at most one per sample.
-            start: A first guess, in the same scale.
-            state: The last state of the forward solver.
+            g: The cotangent or the tangent, `(B, ...)`, in float32 or better, scaled to at most one per sample, in the
+                layout of the equilibrium.
+            start: A first guess, in the same scale and layout.
+            state: The last state of the forward solver, in rows of the same layout.
             transposed: Whether the system is that of the adjoint.
         """
 
@@ -51,7 +53,7 @@ class AdjointGradient(Gradient):
         b = tangent_of(f(z_star))
         if b is None:
             return None
-        b = b.to(torch.promote_types(b.dtype, torch.float32))
+        b = Layout.of(z_star).arranged(b.to(torch.promote_types(b.dtype, torch.float32)))
         scale = _scale_of(b)
 
         def system(t: Tensor) -> Tensor:
@@ -185,7 +187,7 @@ def _ancestors(tensor: Tensor, stop: set[Any]) -> set[Any]:
 
 def _scale_of(g: Tensor) -> Tensor:
     """Return the largest modulus of each sample of `g` `(B, ...)`, `(B, 1, ...)`; 1 for a sample of zeros."""
-    scale = torch.linalg.vector_norm(g.flatten(1), ord=float("inf"), dim=1)
+    scale = torch.linalg.vector_norm(Layout.of(g).rows(g), ord=float("inf"), dim=1)
     return torch.where(scale > 0, scale, 1).view(-1, *[1] * (g.ndim - 1))
 
 
@@ -196,8 +198,8 @@ def _usable_start(start: Tensor | None, g: Tensor, scale: Tensor) -> Tensor | No
     """
     if start is None or start.shape != g.shape or start.device != g.device:
         return None
-    start = start.detach().to(g.dtype) / scale
-    finite = (start + g).flatten(1).isfinite().all(dim=1)
+    start = Layout.of(g).arranged(start.detach().to(g.dtype)) / scale
+    finite = Layout.of(g).rows(start + g).isfinite().all(dim=1)
     return torch.where(finite.view(scale.shape), start, g)
 
 
@@ -228,7 +230,7 @@ class _Adjoint(torch.autograd.Function):
         transposed = TransposedJacobian(z, fz)
         with torch.no_grad():
             # Per sample to unit size, so that no loss scale drives squared norms out of the range of float32.
-            g = cotangent.to(torch.promote_types(cotangent.dtype, torch.float32))
+            g = Layout.of(z).arranged(cotangent.to(torch.promote_types(cotangent.dtype, torch.float32)))
             scale = _scale_of(g)
             g = g / scale
 

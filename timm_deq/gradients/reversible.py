@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from timm_deq.fixed_point import Map
 from timm_deq.gradients.base import BackwardCallback, Gradient, connect_to_graph, with_present_weights
+from timm_deq.layout import Layout
 from timm_deq.solvers.base import Solver, State, is_tracing, where_rows
 from timm_deq.solvers.reversible import ReversibleIteration, ReversibleState
 from timm_deq.transforms import func_transforms, tangents_enabled
@@ -104,13 +105,16 @@ class _ReversedMap:
 
     def _evaluate(self, *, tracked: bool) -> Tensor:
         # The start is known, and kept: it is most often zero, where rounding would put a ReLU on its other side.
-        z = self.present.reshape_as(self.start).to(self.start.dtype) if self.number else self.start
+        z = self.start
+        if self.number:
+            z = Layout.of(z).state(self.present, z.shape).to(z.dtype)
         return self.again(z.detach().clone().requires_grad_(tracked))
 
     def _go_back(self, fz: Tensor) -> None:
         """Go from the iterate at which f was evaluated to the one before; a sample that ended later waits."""
         assert self.end is not None
-        before = (self.following - self.damping * fz.flatten(1).to(self.following.dtype)) / (1 - self.damping)
+        fz = Layout.of(self.start).rows(fz).to(self.following.dtype)
+        before = (self.following - self.damping * fz) / (1 - self.damping)
         self.number -= 1
         before = where_rows(self.end.index == self.number + 1, self.end.previous, before)
         self.following, self.present = self.present, where_rows(self.end.index <= self.number, self.end.last, before)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from timm_deq.fixed_point import Map, fixed_point
 from timm_deq.gradients.adjoint import AdjointGradient
+from timm_deq.layout import Layout
 from timm_deq.solution import Solution
 from timm_deq.solvers.base import Solver, State, check_integer, where_rows
 from timm_deq.solvers.broyden import Broyden, BroydenState, apply_inverse
@@ -50,9 +51,10 @@ class Shine(AdjointGradient):
         if transposed:  # the factors change places
             us, vs = vs, us
         if start is None:
-            flat = g.flatten(1)
+            layout = Layout.of(g)
+            flat = layout.rows(g)
             u = -apply_inverse(flat, us, vs)
-            start = where_rows(torch.linalg.vector_norm(u, dim=1).isfinite(), u, flat).reshape(g.shape)
+            start = layout.state(where_rows(torch.linalg.vector_norm(u, dim=1).isfinite(), u, flat), g.shape)
         if self.refine == 0:
             return start
         # A copy, for Broyden's method writes in place and the backward pass may be asked for again.
