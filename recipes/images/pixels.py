@@ -102,10 +102,13 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
         if not 0 <= low <= high <= 255:
             raise ValueError(f"{found}, whose range is unknown; allowed: 0 to 255, or images of 16 bits")
         grey = values
-    else:
-        if not 0 <= low <= high <= 1:  # nor if there is a NaN
-            raise ValueError(f"{found}, whose range is unknown; allowed: 0 to 1, or images of 8 or 16 bits")
+    elif 0 <= low <= high <= 1:  # not if there is a NaN
         grey = np.rint(values * np.float32(255))
+    else:
+        if not (0 <= low <= high <= 255 and (values == np.rint(values)).all()):
+            allowed = "0 to 1, whole numbers of 0 to 255, or images of 8 or 16 bits"
+            raise ValueError(f"{found}, whose range is unknown; allowed: {allowed}")
+        grey = values
     scaled = Image.fromarray(grey.astype(np.uint8))
     clear = image.info.get("transparency")
     if not isinstance(clear, int):

@@ -99,6 +99,11 @@ def test_sixteen_bits_of_any_byte_order(mode):
     assert np.array_equal(np.asarray(to_mode(image, "L")), np.rint(WIDE / 257))
 
 
+def test_whole_numbers_in_floating_point_are_grey_values():
+    values = np.arange(256, dtype=np.float32).reshape(16, 16)
+    assert np.array_equal(np.asarray(decode_image(encode(Image.fromarray(values), "tiff"), "L")), values)
+
+
 def test_floating_point_is_scaled_from_0_to_1():
     values = np.linspace(0, 1, 30, dtype=np.float32).reshape(6, 5)
     content = encode(Image.fromarray(values), "tiff")
@@ -113,7 +118,8 @@ def test_integers_of_thirty_two_bits_that_are_eight_bits_are_kept():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.array([[0.0, 255.0]], np.float32), "mode 'F' has values 0 to 255"),
+        (np.array([[0.0, 256.0]], np.float32), "mode 'F' has values 0 to 256"),
+        (np.array([[0.0, 3.5, 255.0]], np.float32), "mode 'F' has values 0 to 255"),
         (np.array([[-0.5, 0.5]], np.float32), "mode 'F' has values -0.5 to 0.5"),
         (np.array([[np.nan, 0.5]], np.float32), "mode 'F' has values nan"),
         (np.array([[0, 70000]], np.int32), "mode 'I' has values 0 to 70000"),
