@@ -62,7 +62,7 @@ def test_a_readme_that_lists_files_says_what_the_splits_are(served):
     assert content() == {"train": {0: "a", 1: "b"}}
 
 
-def test_tables_of_images(served, tmp_path):
+def test_tables_of_images_are_read_by_datasets(served, hub, tmp_path):
     files = {}
     for split, numbers in (("train", [0, 1]), ("test", [2])):
         images = [{"bytes": encoded(i), "path": None} for i in numbers]
@@ -70,6 +70,7 @@ def test_tables_of_images(served, tmp_path):
         files[f"data/{split}-00000-of-00001.parquet"] = (tmp_path / "x.parquet").read_bytes()
     served(["picture of the page.png"], **files)
     assert content() == {"train": {0: "a", 1: "b"}, "test": {2: "a"}}
+    assert not [request for request in hub.requests if "picture" in request]
 
 
 def test_a_revision(served):
