@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["MAX_TICKS", "blank_figure", "finish_axes", "group_colors", "scale_values"]
+__all__ = ["MAX_TICKS", "blank_figure", "finish_axes", "group_colors", "round_step", "scale_values"]
 
 # Groups in their order, after all classes in black. Okabe & Ito (2008): told apart by readers of any colour vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
@@ -48,6 +48,11 @@ def finish_axes(ax: Axes, title: str, along: str) -> None:
     ax.set_xlabel(along)
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def round_step(places: int) -> int:
+    """Find the least of 1, 2, 5, 10, 20, ... that makes at most MAX_TICKS steps of so many places."""
+    return next(step for step in (d * 10**k for k in range(18) for d in (1, 2, 5)) if places <= step * MAX_TICKS)
 
 
 def scale_values(ax: Axes) -> None:

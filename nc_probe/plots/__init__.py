@@ -4,7 +4,8 @@
 `plot_iterates` through the steps of a solver.
 """
 
-from nc_probe.plots.pairs import plot_angles, plot_grams
+from nc_probe.plots.angles import plot_angles
+from nc_probe.plots.grams import plot_grams
 from nc_probe.plots.places import plot_depth, plot_iterates
 
 __all__ = ["plot_angles", "plot_depth", "plot_grams", "plot_iterates"]

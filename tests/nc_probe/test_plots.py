@@ -195,17 +195,60 @@ def test_cosines_that_round_to_zero_have_no_sign():
     assert ".00" in texts and "-.71" in texts and "-.00" not in texts
 
 
-def test_many_classes_are_coloured_by_their_distance_to_the_simplex():
+def cosines(kind, K):
+    """A report of K class means and as many rows: near an ETF, drawn at random, or half of them merged."""
     gen = torch.Generator().manual_seed(0)
-    means = torch.eye(60).double() + 0.02 * torch.randn(60, 60, generator=gen).double()
-    means[:2] = 1 + 0.1 * means[:2]  # merged: one pair of 1770, beyond the darkest red
-    report = measure(ClassMoments(60, 60).update(means, torch.arange(60)), None)
-    axes = plot_grams(report).axes[0]
-    norm, off = axes.images[0].norm, report.gram[*torch.triu_indices(60, 60, 1)]
-    assert (norm.vmin + norm.vmax) / 2 == pytest.approx(-1 / 59)
-    outside = ((off < norm.vmin) | (off > norm.vmax)).double().mean()
-    assert 0 < outside < 0.011 and norm.vmax < 0.5 and off[0] > norm.vmax
-    assert names(axes) == [str(k) for k in range(0, 60, 5)]
+    noise, rows = torch.randn(K, K, generator=gen).double(), torch.eye(K).double()
+    if kind == "merged":
+        rows[K // 2 :] = rows[K // 2 :].mean(0) + rows[K // 2 :] / (4 * K**0.5)
+    rows = noise if kind == "spread" else rows + 0.05 / K**0.5 * noise
+    return measure(
+        ClassMoments(K, K, scatter=False).update(rows, torch.arange(K)), rows, groups={"b": range(K // 2, K)}
+    )
+
+
+@pytest.mark.parametrize("K", [10, 60, 300])
+def test_one_look_tells_collapse_from_none(K):
+    """How far from white is the picture off the diagonal?"""
+    paint, merged = {}, []
+    for kind in ("near", "spread", "merged"):
+        axes = plot_grams(cosines(kind, K)).axes[0]
+        (image,) = axes.images
+        tint = 1 - image.to_rgba(image.get_array())[..., :3].min(2)
+        tint = tint[~np.eye(len(tint), dtype=bool)]
+        paint[kind] = tint.mean()
+        merged.append((tint > 0.8).mean())
+    assert paint["near"] < 0.15 and paint["spread"] > 2.5 * paint["near"] and paint["merged"] > 3 * paint["near"]
+    assert merged[0] < 0.01 and 0.15 < merged[2] < 0.3
+
+
+def test_white_is_the_simplex():
+    for K in (2, 10, 60):
+        (image,) = plot_grams(cosines("near", K)).axes[0].images
+        norm, etf = image.norm, -1 / (K - 1)
+        assert float(norm(etf)) == pytest.approx(0.5) and float(norm(1)) >= 1
+        few = float(norm(etf + 0.05)) - 0.5
+        assert few == pytest.approx(0.5 * 0.05 / (1 - etf) if K <= 10 else 0.5 * (0.05 / 0.5) ** 0.5)
+
+
+def test_blocks_of_many_classes():
+    report = cosines("spread", 300)
+    image = plot_grams(report, order="frequency").axes[0].images[0]
+    shown, etf, gram = np.asarray(image.get_array()), -1 / 299, report.gram.numpy() + 1 / 299
+    assert shown.shape == (100, 100) and list(image.get_extent()) == [-0.5, 299.5, 299.5, -0.5]
+    for i, j in ((0, 0), (7, 99), (99, 99), (50, 3)):
+        cosines_there = [gram[a, b] for a in range(3 * i, 3 * i + 3) for b in range(3 * j, 3 * j + 3) if a != b]
+        distance = math.copysign(np.sqrt(np.mean(np.square(cosines_there))), np.mean(cosines_there))
+        assert shown[i, j] == pytest.approx(etf + distance, rel=1e-4)
+    absent = dataclasses.replace(report, means=torch.cat([torch.zeros(1, 300).double(), report.means[1:]]))
+    assert not np.isnan(np.asarray(plot_grams(absent).axes[0].images[0].get_array())).any()  # a mean at the centre
+
+
+@pytest.mark.parametrize(("K", "step"), [(25, 1), (26, 5), (60, 5), (100, 10), (300, 50)])
+def test_ticks_are_few_and_round(K, step):
+    report = measure(ClassMoments(K, 3).update(torch.randn(K, 3), torch.arange(K)), None)
+    axes = plot_grams(report, class_names=[f"c{k}" for k in range(K)]).axes[0]
+    assert names(axes) == [f"c{k}" for k in range(0, K, step)] and list(axes.get_xticks()) == [*range(0, K, step)]
 
 
 @pytest.mark.parametrize(
