@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Any
 
 # Packages of `timm-deq[recipes]`, by the names under which they are imported.
-EXTRA = ("accelerate", "datasets", "sklearn", "matplotlib", "jsonargparse", "psutil", "yaml")
+EXTRA = ("accelerate", "datasets", "sklearn", "matplotlib", "jinja2", "jsonargparse", "psutil", "yaml")
 
 
 class UserError(ValueError):

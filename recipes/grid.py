@@ -12,18 +12,22 @@ A grid is a YAML file:
 
     base: {epochs: 20}                      # settings of recipes/train.py for all runs
     axes: {ratio: [10, 40]}                 # every arm goes through every combination
-    arms: {deq: {}, twin: {model_args.equilibrium: false}}
+    also: [{imbalance: balanced}]           # and through these settings besides; may be left out
+    arms: {twin: {model_args.equilibrium: false}, deq: {}}
+    reference: twin                         # what the page compares with: the first arm if left out
+    tested: deq                             # what the page is about: the last if left out
     seeds: [0, 1, 2, 3, 4, 5]
     tune: {lr: [0.05, 0.1, 0.2]}            # may be left out, with tune_seeds
     tune_seeds: [100]
     mixed_precision: bf16                   # of `accelerate launch`; may be left out
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from recipes.errors import UserError, check, exit_code
+from recipes.errors import Stopped, check, exit_code
 from recipes.settings.flags import Parser
 
 
@@ -48,39 +52,34 @@ def run(argv: Sequence[str] | None) -> dict[str, str]:
         check(getattr(args, name) >= 1, name, getattr(args, name), "1 or more")
 
     # Imported after the command line has been read, so that mistakes are answered at once.
-    from pathlib import Path
-
     import yaml
 
     from recipes.settings.grid import read_grid
-    from recipes.training.cells import choose, run_cells
+    from recipes.training.cells import choose, grid_folder, run_cells
     from recipes.training.checkpoint import write_text
+    from recipes.training.report import write_grid_page
 
     grid, text = read_grid(args.grid)
-    folder = Path(args.output)
-    if not (folder / "grid.yaml").is_file():
-        grid.check_cells()
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(
-                f"output {args.output!r} exists and has no grid.yaml; allowed: the folder of a grid, or none"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "grid.yaml", text)
-    elif yaml.safe_load((folder / "grid.yaml").read_text()) != yaml.safe_load(text):
-        raise UserError(f"output {args.output!r} holds another grid; allowed: the folder of this one, or none")
-
+    folder = grid_folder(args.output, grid, text)
+    chosen: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    command = shlex.join(["python", "recipes/grid.py", args.grid, "--output", args.output])
+    page: dict[str, Any] = {"command": command, "chosen": chosen, "failed": failed}
     how: dict[str, Any] = {"jobs": args.jobs, "threads": args.threads, "mixed_precision": grid.mixed_precision}
-    chosen, failed = {}, {}
-    if grid.tune and not (folder / "chosen.yaml").is_file():
-        failed = run_cells(grid.tuning_cells(), folder, **how, title="tuning")
-        write_text(folder / "chosen.yaml", yaml.safe_dump(choose(grid, folder)))
-    if grid.tune:
-        chosen = yaml.safe_load((folder / "chosen.yaml").read_text())
-    cells = grid.cells(chosen)
-    failed |= run_cells(cells, folder, **how, title="cells")
+    try:
+        if grid.tune and not (folder / "chosen.yaml").is_file():
+            failed |= run_cells(grid.tuning_cells(), folder, **how, title="tuning")
+            write_text(folder / "chosen.yaml", yaml.safe_dump(choose(grid, folder)))
+        if grid.tune:
+            chosen |= yaml.safe_load((folder / "chosen.yaml").read_text())
+        failed |= run_cells(grid.cells(chosen), folder, **how, title="cells")
+    except Stopped:
+        print(write_grid_page(grid, folder, **page, brief=True))
+        raise
     paired = ["--paired"] if len(grid.arms) > 1 else []
-    for at in dict.fromkeys(cell.name.removeprefix(cell.arm).rsplit("-seed=", 1)[0] for cell in cells):
+    for at in dict.fromkeys(cell.name.removeprefix(cell.arm).rsplit("-seed=", 1)[0] for cell in grid.cells(chosen)):
         print("python recipes/compare.py", *paired, *(f"{folder / 'runs' / arm}{at}-seed=*" for arm in grid.arms))
+    print(write_grid_page(grid, folder, **page))
     return failed
 
 

@@ -97,6 +97,21 @@ def sample_evenly(labels: np.ndarray, limit: int, *, seed: int) -> np.ndarray:
     return np.sort(generator.permutation(np.concatenate(chosen))[:limit])
 
 
+def tsne_points(features: np.ndarray, *, seed: int) -> np.ndarray:
+    """Put features (N, d), N of 4 or more, into the plane by t-SNE, (N, 2); it starts from two principal components.
+
+    Source: van der Maaten & Hinton, "Visualizing data using t-SNE", JMLR 9, 2008. Neighbours are kept, distances are
+    not.
+    """
+    from sklearn.manifold import TSNE  # takes a second to import, and the other pictures do not need it
+
+    # The two components exist if the features vary in two directions.
+    plane = np.linalg.matrix_rank(features - features.mean(0)) > 1
+    perplexity = min(30, (len(features) - 1) / 3)
+    embedding = TSNE(perplexity=perplexity, init="pca" if plane else "random", random_state=seed, n_jobs=1)
+    return embedding.fit_transform(features)
+
+
 def tsne_figure(
     features: np.ndarray,
     labels: np.ndarray,
@@ -106,10 +121,7 @@ def tsne_figure(
     seed: int,
     title: str,
 ) -> Figure:
-    """Features in the plane by t-SNE: a colour for each class, a marker for each group.
-
-    Source: van der Maaten & Hinton, "Visualizing data using t-SNE", JMLR 9, 2008. Neighbours are kept, distances are
-    not.
+    """Features in the plane by `tsne_points`: a colour for each class, a marker for each group.
 
     Args:
         features: (N, d), N of 4 or more.
@@ -117,16 +129,10 @@ def tsne_figure(
         groups: classes of each group; may be none.
         class_names: names of the K classes. Up to 20 classes have theirs at the sample next to their median; of more a
             colour bar tells the numbers.
-        seed: of the embedding, which starts from the two principal components.
+        seed: of the embedding.
         title: above the picture.
     """
-    from sklearn.manifold import TSNE  # takes a second to import, and the other pictures do not need it
-
-    # The two components exist if the features vary in two directions.
-    plane = np.linalg.matrix_rank(features - features.mean(0)) > 1
-    perplexity = min(30, (len(features) - 1) / 3)
-    embedding = TSNE(perplexity=perplexity, init="pca" if plane else "random", random_state=seed, n_jobs=1)
-    points = embedding.fit_transform(features)
+    points = tsne_points(features, seed=seed)
     figure = Figure(figsize=(7.6, 7), layout="constrained")
     axes = figure.subplots()
     classes = np.unique(labels)

@@ -20,10 +20,12 @@ OWN = ("seed", "output", "resume")
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run: its name, which is that of its folder, its arm, and its settings but for OWN, with its seed apart."""
+    """One run: its name, which is that of its folder, its arm, where it is on the axes, in words, and its settings but
+    for OWN, with its seed apart."""
 
     name: str
     arm: str
+    setting: str
     seed: int
     settings: dict[str, Any]
 
@@ -36,19 +38,25 @@ class Grid:
         base: settings of all runs. A key such as model_args.tol is one of an argument.
         arms: settings of each arm, by its name.
         axes: values of each setting that all arms go through, in every combination.
+        also: settings that all arms go through besides those combinations, each in place of what `base` says.
         seeds: of the runs, the same for every arm.
         tune: values of settings, of which each arm takes the combination with the best validation accuracy.
         tune_seeds: of the runs that choose, other than `seeds`.
         mixed_precision: of `accelerate launch`, "no", "bf16" or "fp16".
+        reference: the arm that the page compares the tested one with; the first if not given.
+        tested: the arm that the page is about; the last if not given.
     """
 
     arms: dict[str, dict[str, Any]]
     seeds: list[int]
     base: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, list[Any]] = field(default_factory=dict)
+    also: list[dict[str, Any]] = field(default_factory=list)
     tune: dict[str, list[Any]] = field(default_factory=dict)
     tune_seeds: list[int] = field(default_factory=list)
     mixed_precision: str = "no"
+    reference: str | None = None
+    tested: str | None = None
 
     def __post_init__(self):
         for name in ("arms", "base", "axes", "tune"):
@@ -73,12 +81,28 @@ class Grid:
                 check(len(set(texts)) == len(texts), f"{name}.{key}", values, "each value once")
         precisions = ("no", "bf16", "fp16")
         check(self.mixed_precision in precisions, "mixed_precision", self.mixed_precision, str(precisions)[1:-1])
+        listed = isinstance(self.also, list) and all(isinstance(point, dict) and point for point in self.also)
+        check(listed, "also", self.also, "a list of mappings of settings")
+        for name in ("reference", "tested"):
+            arm = getattr(self, name)
+            check(arm is None or arm in self.arms, name, arm, f"one of the arms {', '.join(self.arms)}")
+        if len(self.arms) > 1:
+            check(self.reference_arm != self.tested_arm, "tested", self.tested_arm, "an arm other than the reference")
         self._check_keys()
+
+    @property
+    def reference_arm(self) -> str:
+        return self.reference or next(iter(self.arms))
+
+    @property
+    def tested_arm(self) -> str:
+        return self.tested or next(reversed(self.arms))
 
     def _check_keys(self) -> None:
         names = [f.name for f in fields(TrainConfig)]
         given = {"axes": self.axes, "tune": self.tune, "base": self.base}
         given |= {f"arms.{name}": arm for name, arm in self.arms.items()}
+        given |= {f"also[{i}]": point for i, point in enumerate(self.also)}
         for where, keys in given.items():
             for key in keys:
                 first = str(key).split(".")[0]
@@ -86,7 +110,9 @@ class Grid:
                 check(first in names, where, key, allowed)
                 check(first not in OWN, where, key, f"any setting but {', '.join(OWN)}")
         for key in (*self.axes, *self.tune):
-            twice = [where for where, keys in given.items() if key in _flat(keys)]
+            # What is said besides the axes is not said on them.
+            placed = {where: keys for where, keys in given.items() if key in self.tune or not where.startswith("also")}
+            twice = [where for where, keys in placed.items() if key in _flat(keys)]
             check(len(twice) == 1, key, " and ".join(twice), "a value in one place alone")
 
     def cells(self, chosen: Mapping[str, Mapping[str, Any]] | None = None) -> list[Cell]:
@@ -104,12 +130,17 @@ class Grid:
     def _cells(
         self, more: dict[str, list[Any]], seeds: Sequence[int], prefix: str, chosen: Mapping[str, Mapping[str, Any]]
     ) -> Iterator[Cell]:
-        axes = self.axes | more
-        for seed, values, arm in product(seeds, product(*axes.values()), self.arms):
-            at = dict(zip(axes, values, strict=True))
+        for seed, point, values, arm in product(seeds, self._points(), product(*more.values()), self.arms):
+            at = point | dict(zip(more, values, strict=True))
             parts = [arm, *(f"{key}={_word(value)}" for key, value in at.items()), f"seed={seed}"]
             settings = _merged(self.base, at, self.arms[arm], chosen.get(arm, {}))
-            yield Cell(name=prefix + "-".join(parts), arm=arm, seed=seed, settings=settings)
+            where = ", ".join(f"{key} = {value}" for key, value in point.items())
+            yield Cell(name=prefix + "-".join(parts), arm=arm, setting=where, seed=seed, settings=settings)
+
+    def _points(self) -> list[dict[str, Any]]:
+        """Where cells are: every combination of the axes, and what there is besides; nowhere in particular without."""
+        combinations = [dict(zip(self.axes, values, strict=True)) for values in product(*self.axes.values())]
+        return [*(combinations if self.axes or not self.also else []), *self.also]
 
     def check_cells(self) -> None:
         """Refuse a grid with a cell whose settings recipes/train.py would refuse.

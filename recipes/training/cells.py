@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,41 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from recipes.errors import Stopped
-from recipes.settings.grid import Cell, Grid
+from recipes.errors import Stopped, UserError
+from recipes.settings.grid import Cell, Grid, read_grid
 from recipes.training.checkpoint import write_text
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 POLL = 0.2  # seconds between looks at the processes
+
+
+def grid_folder(output: str, grid: Grid, text: str) -> Path:
+    """Make the folder of a grid that is new, or find it.
+
+    Args:
+        output: its path.
+        grid: whose cells are checked before anything is written.
+        text: of the file of the grid.
+
+    Raises:
+        UserError: a cell that recipes/train.py would refuse, or a folder of something else.
+    """
+    folder = Path(output)
+    known = folder / "grid.yaml"
+    if not known.is_file():
+        grid.check_cells()
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"output {output!r} exists and has no grid.yaml; allowed: the folder of a grid, or none")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(known, text)
+    elif _runs_of(read_grid(str(known))[0]) != _runs_of(grid):
+        raise UserError(f"output {output!r} holds another grid; allowed: the folder of this one, or none")
+    return folder
+
+
+def _runs_of(grid: Grid) -> Grid:
+    """A grid without what its page alone needs."""
+    return replace(grid, reference=None, tested=None)
 
 
 def command(cell: Cell, folder: Path, *, mixed_precision: str = "no") -> list[str]:
@@ -146,19 +176,23 @@ def _last_line(path: Path) -> str:
     return (errors or lines or ["no output"])[-1]
 
 
-def choose(grid: Grid, folder: Path) -> Mapping[str, Mapping[str, Any]]:
-    """Choose for each arm the values of `tune` with the best validation accuracy, the mean over axes and seeds.
+def tuning_scores(grid: Grid, folder: Path) -> dict[str, dict[str, list[float]]]:
+    """Validation accuracies over axes and seeds, by arm and by values of `tune` as JSON.
 
-    Of equals the first. A run that has failed, as one that diverges does, counts as 0.
+    A run that has failed, as one that diverges does, counts as 0.
     """
     scores: dict[str, dict[str, list[float]]] = {}
-    values: dict[str, dict[str, Any]] = {}
     for cell in grid.tuning_cells():
-        at = {key: _look_up(cell.settings, key) for key in grid.tune}
-        values[text := json.dumps(at)] = at
-        scores.setdefault(cell.arm, {}).setdefault(text, []).append(_validation_accuracy(folder / "runs" / cell.name))
+        values = json.dumps({key: _look_up(cell.settings, key) for key in grid.tune})
+        scores.setdefault(cell.arm, {}).setdefault(values, []).append(_validation_accuracy(folder / "runs" / cell.name))
+    return scores
+
+
+def choose(grid: Grid, folder: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Choose for each arm the values of `tune` with the best mean validation accuracy, of equals the first."""
+    scores = tuning_scores(grid, folder)
     best = {arm: max(each, key=lambda text, each=each: statistics.mean(each[text])) for arm, each in scores.items()}
-    return {arm: values[text] for arm, text in best.items()}
+    return {arm: json.loads(text) for arm, text in best.items()}
 
 
 def _look_up(settings: Mapping[str, Any], key: str) -> Any:

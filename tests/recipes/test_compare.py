@@ -5,7 +5,8 @@ import pytest
 import yaml
 from scipy import stats
 
-from recipes.compare import interval_of, main
+from recipes.compare import main
+from recipes.results.statistics import interval_of
 
 
 def run(folder, *, seed, accuracy, nc1=0.25, steps=None, **settings):

@@ -10,6 +10,7 @@ import stub_grid
 import yaml
 
 from recipes.grid import main
+from recipes.results.page import build
 from recipes.settings.grid import PRESETS, Grid, read_grid
 from recipes.training import cells
 
@@ -30,6 +31,7 @@ def write(path, **changes):
 def stubbed(tmp_path, monkeypatch):
     """A stub in place of training; gives the file that has a line for each start of a run."""
     monkeypatch.setattr(cells, "command", cells.command)
+    monkeypatch.setattr(build, "_theory", build._theory)
     stub_grid.stub(str(tmp_path / "starts"), "0")
     return tmp_path / "starts"
 
@@ -55,7 +57,8 @@ def test_cells_run_once_and_the_same_grid_goes_on(tmp_path, stubbed, capsys):
     assert sorted(path.name for path in (folder / "runs").iterdir()) == sorted(names)
     runs = folder / "runs"
     commands = [f"--paired {runs}/deq-ratio={R}-seed=* {runs}/twin-ratio={R}-seed=*" for R in (10, 20)]
-    assert capsys.readouterr().out.splitlines() == [f"python recipes/compare.py {each}" for each in commands]
+    expected = [*(f"python recipes/compare.py {each}" for each in commands), str(folder / "report.html")]
+    assert capsys.readouterr().out.splitlines() == expected
     (folder / "runs" / names[3] / "results.json").unlink()
     assert main([grid, "--output", str(folder)]) == 0
     assert stubbed.read_text().split()[8:] == [names[3]]

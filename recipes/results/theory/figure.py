@@ -2,8 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,29 +24,44 @@ _GAINS = np.logspace(0, 4, 33)
 
 
 def theory_figure(settings: Settings) -> Figure:
-    """What a DEQ changes and what it does not, for the middle K_A and E_H of a grid and its lowest R above 1.
+    """What a DEQ changes and what it does not: the panels of `theory_panels` in one figure."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure.suptitle(panels_title(settings), fontsize=13)
+    for axes, draw in zip(figure.subplots(2, 2).flat, theory_panels(settings), strict=True):
+        draw(axes)
+    return figure
+
+
+def theory_panels(settings: Settings) -> list[Callable[[Axes], None]]:
+    """Four panels for the middle K_A and E_H of a grid and its lowest R above 1, each drawn by a function of its axes.
 
     Minority cosine against R, at equal budgets of h0 and at equal norms of z; NC2 against the gain; singular values of
     the logits under `frobenius`.
     """
+    program = _program(settings)
+    return [
+        partial(_cosine_panel, program=program, rhos=settings.rho, matched=False),
+        partial(_cosine_panel, program=program, rhos=settings.rho, matched=True),
+        partial(_gain_panel, program=program),
+        partial(_singular_value_panel, program=program, settings=settings),
+    ]
+
+
+def panels_title(settings: Settings) -> str:
+    """What the panels have in common."""
+    at, E_W = _program(settings), settings.energy_w
+    E_H = at.energy / E_W
+    return f"Layer-peeled program: K = {at.classes}, K_A = {at.majority}, E_W = {E_W:g}, E_H = {E_H:g}"
+
+
+def _program(settings: Settings) -> Program:
     K_A = settings.majority[len(settings.majority) // 2]
     E_H = sorted(settings.energy_h)[len(settings.energy_h) // 2]
     R = min((ratio for ratio in settings.ratio if ratio > 1), default=10.0)
-    program = Program(classes=settings.classes, majority=K_A, ratio=R, energy=settings.energy_w * E_H)
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    figure.suptitle(
-        f"Layer-peeled program: K = {settings.classes}, K_A = {K_A}, E_W = {settings.energy_w:g}, E_H = {E_H:g}",
-        fontsize=13,
-    )
-    panels = figure.subplots(2, 2).flat
-    _cosine_panel(panels[0], program, settings.rho, matched=False)
-    _cosine_panel(panels[1], program, settings.rho, matched=True)
-    _gain_panel(panels[2], program)
-    _singular_value_panel(panels[3], program, settings)
-    return figure
+    return Program(classes=settings.classes, majority=K_A, ratio=R, energy=settings.energy_w * E_H)
 
 
-def _cosine_panel(axes: Axes, program: Program, rhos: Sequence[float], *, matched: bool) -> None:
+def _cosine_panel(axes: Axes, *, program: Program, rhos: Sequence[float], matched: bool) -> None:
     """Minority cosine of W against R; at equal budgets, with R* where it is on the axis, or at equal mean ||z||^2."""
     for i, (rho, color) in enumerate(zip(rhos, itertools.cycle(COLORS), strict=False)):
         budget_share = (1 - rho) ** 2 if matched else 1.0  # of h0, so that z has the same norm
@@ -65,12 +81,12 @@ def _cosine_panel(axes: Axes, program: Program, rhos: Sequence[float], *, matche
     axes.set_xscale("log")
     where = "mean ‖z‖²: one curve" if matched else "budget of h0, ‖V‖₂ ≤ ρ"
     place = (
-        "best" if matched else (0.275, 0.55)
+        "best" if matched else (0.275, 0.62)
     )  # to the right of the first curve, which "best" does not see between points
     _finish(axes, f"Minority rows of W at equal {where}", "imbalance R", "cosine", place)
 
 
-def _gain_panel(axes: Axes, program: Program) -> None:
+def _gain_panel(axes: Axes, *, program: Program) -> None:
     """NC2 against the gain of E_H, for both budgets, with the limits."""
     series = (("class", "nc2_w", "W, budget over classes"), ("sample", "nc2_w", "W, over samples"))
     series += (("sample", "nc2_h", "class means, over samples"),)
@@ -87,7 +103,7 @@ def _gain_panel(axes: Axes, program: Program) -> None:
     _finish(axes, title, "gain of the DEQ, 1 / (1 − ρ)²", "NC2", "upper right")
 
 
-def _singular_value_panel(axes: Axes, program: Program, settings: Settings) -> None:
+def _singular_value_panel(axes: Axes, *, program: Program, settings: Settings) -> None:
     """Singular values of the logits, the best under `frobenius` and the explicit optimum, balanced and not."""
     energy = settings.energy_w * min(settings.energy_h)
     for ratio, color in ((1.0, COLORS[0]), (program.ratio, COLORS[1])):
