@@ -66,7 +66,10 @@ def pipeline(args: argparse.Namespace) -> Tables:
 def presets(args: argparse.Namespace) -> Tables:
     from recipes.benchmarks import presets as part
 
-    return {"presets": part.preset_rows(args.device, args.rounds)}
+    return {
+        "presets": part.preset_rows(args.device, args.rounds),
+        "grids": part.grid_rows(args.device, args.rounds),
+    }
 
 
 # Each part gives its tables by name, with their rows as they are measured.

@@ -1,4 +1,4 @@
-"""Foretell what each preset costs: from its images and epochs, and from a few updates of its model on random pixels.
+"""Foretell what each preset and each grid costs: from images and epochs, and a few updates of models on random pixels.
 
 Every solve is made to take all of its steps, so what is told is the most that a run takes. A model that is fast to
 solve takes less: digits converge after 16 of 20 evaluations. The input pipeline is left out; `pipeline` measures it.
@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -19,11 +21,15 @@ from torch.utils.flop_counter import flop_registry
 from recipes.benchmarks.pipeline import training_step
 from recipes.benchmarks.tables import Row
 from recipes.settings.config import TrainConfig, parse
+from recipes.settings.grid import PRESETS as GRID_FOLDER
+from recipes.settings.grid import Cell, read_grid
 from recipes.training.checkpoint import create_model
 from recipes.training.manifest import build_manifest
 from timm_deq import Equilibrium, Implicit
 
 PRESETS = sorted((Path(__file__).parents[1] / "presets").glob("*.yaml"))
+
+GRIDS = sorted(GRID_FOLDER.glob("*.yaml"))
 
 # Classes, images of each in the training split, images of the test split.
 DATA = {
@@ -52,19 +58,8 @@ def preset_rows(
     """
     for path in presets:
         config = parse(["--output", "-", "--config", str(path)])
-        classes, trained, tested = count_images(config)
-        net = create_model(config, classes).to(device)
-        for layer in net.modules():
-            if isinstance(layer, Equilibrium):
-                layer.solver = replace(layer.solver, tol=NEVER)
-                if isinstance(layer.gradient, Implicit):
-                    layer.gradient = Implicit(replace(layer.gradient.solver, tol=NEVER))
-        size = batch_size or (config.batch_size if device.type == "cuda" else min(config.batch_size, 16))
-        side = config.img_size or net.pretrained_cfg["input_size"][-1]
-        images = torch.randn(size, net.pretrained_cfg["input_size"][0], side, side, device=device)
-        labels = torch.arange(size, device=device) % classes
-        work, seconds = costs_of(net, images, labels, rounds)
-
+        _, trained, tested = count_images(config)
+        work, seconds = costs_of_model(config, device, rounds, batch_size)
         yield {
             "preset": path.stem,
             "images": trained // config.epochs,
@@ -74,6 +69,61 @@ def preset_rows(
             "images/s": 1 / seconds["train"],
             "hours": (trained * seconds["train"] + tested * seconds["evaluate"]) / 3600,
         }
+
+
+def grid_rows(
+    device: torch.device, rounds: int, *, grids: Sequence[Path] = GRIDS, batch_size: int | None = None
+) -> Iterator[Row]:
+    """What all runs of each arm of each grid cost at most, those that choose its learning rate included.
+
+    Args:
+        device, rounds, batch_size: as in `preset_rows`.
+        grids: YAML files.
+
+    Yields:
+        A row of: the grid; the arm; its runs; floating-point operations in 10^9 of one image in training and in 10^15
+        of all runs; images per second in training; hours of all runs, one after the other.
+    """
+    for path in grids:
+        grid, _ = read_grid(str(path))
+        cells = [*grid.tuning_cells(), *grid.cells()]
+        with TemporaryDirectory() as folder:
+            for arm in grid.arms:
+                configs = [_config_of(cell, Path(folder) / "cell.yaml") for cell in cells if cell.arm == arm]
+                counted = [count_images(config) for config in configs]
+                work, seconds = costs_of_model(configs[0], device, rounds, batch_size)
+                trained, evaluated = (sum(counts[i] for counts in counted) for i in (1, 2))
+                yield {
+                    "grid": path.stem,
+                    "arm": arm,
+                    "runs": len(configs),
+                    "GFLOP / image": work["train"] / 1e9,
+                    "PFLOP": (trained * work["train"] + evaluated * work["evaluate"]) / 1e15,
+                    "images/s": 1 / seconds["train"],
+                    "hours": (trained * seconds["train"] + evaluated * seconds["evaluate"]) / 3600,
+                }
+
+
+def _config_of(cell: Cell, path: Path) -> TrainConfig:
+    path.write_text(yaml.safe_dump(cell.settings))
+    return parse(["--output", "-", "--seed", str(cell.seed), "--config", str(path)])
+
+
+def costs_of_model(
+    config: TrainConfig, device: torch.device, rounds: int, batch_size: int | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Operations and seconds of one image, as `costs_of`, of the model of a run whose solves take all their steps."""
+    classes, *_ = DATA[config.dataset]
+    net = create_model(config, classes).to(device)
+    for layer in net.modules():
+        if isinstance(layer, Equilibrium):
+            layer.solver = replace(layer.solver, tol=NEVER)
+            if isinstance(layer.gradient, Implicit):
+                layer.gradient = Implicit(replace(layer.gradient.solver, tol=NEVER))
+    size = batch_size or (config.batch_size if device.type == "cuda" else min(config.batch_size, 16))
+    side = config.img_size or net.pretrained_cfg["input_size"][-1]
+    images = torch.randn(size, net.pretrained_cfg["input_size"][0], side, side, device=device)
+    return costs_of(net, images, torch.arange(size, device=device) % classes, rounds)
 
 
 def count_images(config: TrainConfig) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from recipes.benchmarks import presets as benchmark_presets
-from recipes.benchmarks.presets import DATA, PRESETS, count_images, operations, preset_rows
+from recipes.benchmarks.presets import DATA, PRESETS, count_images, grid_rows, operations, preset_rows
 from recipes.settings.config import parse
 
 
@@ -59,3 +59,21 @@ def test_every_solve_takes_all_its_steps(tmp_path):
     evaluation = 2 * (2 * 64 * 64 * 9) * 4 * 4 / 1e9  # two convolutions of 64 channels of 4 x 4
     for more in (work[1] - work[0], work[2] - work[1]):
         assert more == pytest.approx(6 * 2 * evaluation, rel=0.02)  # there and back; those of the solver are small
+
+
+def test_the_sum_of_a_grid(tmp_path, monkeypatch):
+    grid = tmp_path / "small.yaml"
+    grid.write_text(
+        "base: {model: test_resnet, img_size: 32, epochs: 2, probe_every: 1}\n"
+        "arms: {a: {}, b: {epochs: 1}}\naxes: {ratio: [10]}\nalso: [{imbalance: balanced}]\nseeds: [0, 1]\n"
+        "tune: {lr: [0.1, 0.2, 0.3]}\ntune_seeds: [2]\n"
+    )
+    monkeypatch.setattr(benchmark_presets, "operations", lambda run: 4e9)
+    monkeypatch.setattr(benchmark_presets, "seconds_of", lambda *_: 0.5)
+    a, b = grid_rows(torch.device("cpu"), 1, grids=[grid], batch_size=4)
+    assert (a["grid"], a["arm"], a["runs"], b["arm"], b["runs"]) == ("small", "a", 10, "b", 10)
+    few, all_of_them = 3 * 108 + 7 * 10, 1080
+    for row, epochs in ((a, 2), (b, 1)):
+        images = [epochs * n + (epochs + 1) * (n + 120) + 596 for n in (few, all_of_them)]
+        assert row["hours"] == pytest.approx(5 * sum(images) / 8 / 3600) and row["images/s"] == 8
+        assert row["PFLOP"] == pytest.approx(5 * sum(images) * 1e-6)
