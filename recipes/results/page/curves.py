@@ -192,7 +192,7 @@ def tsne_figure(look: Look, counts: Sequence[int]) -> Figure | None:
             x, y = own[np.square(own - np.median(own, axis=0)).sum(1).argmin()]
             name = label(look.class_names[k], most=14, instead=str(k))
             place: dict[str, Any] = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "va": "bottom"}
-            axes.annotate(name, (x, y), **place, weight="bold", gid=f"halo-{k}")
+            axes.annotate(name, (x, y), **place, weight="bold", gid="halo")
     axes.set_axis_off()
     return figure
 

@@ -52,8 +52,10 @@ def as_svg(draw: Callable[[], Figure | None], *, name: str, alt: str) -> str:
     assert box is not None
     text = text[text.index(">") + 1 :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Names are made by figure, and a page has many.
-    text = re.sub(r'\bid="', f'id="{name}-', text)
+    # Names are made by figure, and a page has many: those that are referred to are kept, each with that of its figure.
+    used = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text))
+    text = re.sub(r' id="halo[^"]*"', ' class="halo"', text)
+    text = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
     text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
     text = text.replace(INK, "currentColor")
     head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box[1]}" role="img" aria-label="'
