@@ -1,6 +1,7 @@
 """A log of the solves of a model, gathered by hooks."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -8,11 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from timm_deq.dropout import VariationalDropout
 from timm_deq.equilibrium import Equilibrium
+from timm_deq.gradients.implicit import Implicit
 from timm_deq.hooks import Hook, HookContext, equilibria
 from timm_deq.solution import Solution, Status
-from timm_deq.solvers.base import check_integer
+from timm_deq.solvers.anderson import Anderson
+from timm_deq.solvers.base import check_bool, check_integer, is_tracing
 from timm_deq.spectral import at_equilibrium, spectral_radius
+
+EXACT, SOLVED = Anderson(1e-10, 400), 1e-8
+"""In float64: the solver of a gradient that others are compared with, and the residual that its solves must reach."""
 
 
 class SolveLog(HookContext):
@@ -30,24 +37,33 @@ class SolveLog(HookContext):
         model: Any module; all its :class:`Equilibrium` layers are logged.
         spectral_steps: With more than 0, the spectral radius of the Jacobian at each equilibrium is measured too, by
             that many steps of :func:`spectral_radius`, each about as dear as a backward pass of the cell.
+        gradient_error: Whether the first backward pass after each forward is compared with one in float64, solved to a
+            residual of 1e-10, which costs several times as much. Dropout inside the cell is refused, and a hook that
+            differentiates through the layer's input, as those of a penalty or a correction, is counted as error.
 
     Raises:
-        ValueError: `spectral_steps` is below 0.
+        ValueError: `spectral_steps` is below 0; in a forward, dropout in a cell whose gradient is to be compared.
     """
 
-    def __init__(self, model: nn.Module, *, spectral_steps: int = 0) -> None:
+    def __init__(self, model: nn.Module, *, spectral_steps: int = 0, gradient_error: bool = False) -> None:
         check_integer("spectral_steps", spectral_steps, 0)
+        check_bool("gradient_error", gradient_error)
         self.model = model
         self.spectral_steps = spectral_steps
+        self.compares_gradients = gradient_error
         self._solves: dict[str, list[Solution]] = {"forward": [], "backward": []}
         self._traces: list[list[Tensor]] = []
         self._radii: list[Tensor] = []
+        self._gradient_errors: list[Tensor] = []
 
     def register(self) -> Iterator[RemovableHandle]:
         for layer in equilibria(self.model).values():
             yield layer.register_solution_hook(Hook(self._record))
             if self.spectral_steps:  # ahead of other hooks, which may replace the output
                 yield layer.register_forward_hook(Hook(self._record_radius), prepend=True, with_kwargs=True)
+            if self.compares_gradients:
+                yield layer.register_forward_pre_hook(Hook(_own_input), with_kwargs=True)
+                yield layer.register_forward_hook(Hook(self._follow_gradient), prepend=True, with_kwargs=True)
 
     def _record(self, layer: Equilibrium, phase: str, solution: Solution, trace: list[Tensor]) -> None:
         self._solves[phase].append(solution._replace(value=torch.empty(0), state=None))  # what is large is not kept
@@ -57,6 +73,26 @@ class SolveLog(HookContext):
     def _record_radius(self, layer: Equilibrium, args: tuple[Any, ...], kwargs: dict[str, Any], z_star: Tensor) -> None:
         radius = partial(spectral_radius, steps=self.spectral_steps)
         self._radii.append(at_equilibrium(radius, layer, args, kwargs, z_star))
+
+    def _follow_gradient(
+        self, layer: Equilibrium, args: tuple[Any, ...], kwargs: dict[str, Any], z_star: Tensor
+    ) -> None:
+        x = kwargs.get("x", *args[:1])
+        if not isinstance(x, Tensor) or is_tracing(x) or not (z_star.requires_grad and x.requires_grad):
+            return
+        if any(isinstance(m, VariationalDropout) and m.training and m.p > 0 for m in layer.cell.modules()):
+            raise ValueError("gradient_error must be False for a cell with dropout in training: call model.eval()")
+        point, equilibrium, cotangents, compared = x.detach(), z_star.detach(), [], []
+
+        def compare(gradient: Tensor) -> None:
+            if self._handles is None or not cotangents or compared:  # later passes may be of second derivatives
+                return
+            compared.append(True)
+            exact = _exact_gradient(layer.cell, point, equilibrium, cotangents[0])
+            self._gradient_errors.append(_relative_error(gradient.detach(), exact))
+
+        z_star.register_hook(lambda g: cotangents.append(g.detach()))
+        x.register_hook(compare)
 
     def __len__(self) -> int:
         """Return the number of forward solves recorded."""
@@ -98,6 +134,15 @@ class SolveLog(HookContext):
         return self._column("backward", "status")
 
     @property
+    def gradient_error(self) -> Tensor:
+        """Relative error in norm of each sample's gradient with respect to the input of its equilibrium, `(N,)`.
+
+        In the order of `backward_steps`; empty unless `gradient_error` was given. Where the equilibrium or its adjoint
+        could not be found in float64, it is infinite.
+        """
+        return torch.cat([error.cpu() for error in self._gradient_errors]) if self._gradient_errors else torch.empty(0)
+
+    @property
     def spectral_radius(self) -> Tensor:
         """Spectral radius of the Jacobian at each equilibrium, `(N,)`; empty unless `spectral_steps` was given."""
         return torch.cat([radius.cpu() for radius in self._radii]) if self._radii else torch.empty(0)
@@ -117,7 +162,8 @@ class SolveLog(HookContext):
         Returns:
             `samples`, `mean_steps`, `mean_evaluations`, `mean_residual`, `median_residual`, `converged` and `nonfinite`
             (fractions of samples); after backward solves also `backward_mean_steps`, `backward_mean_residual` and
-            `backward_converged`; with `spectral_steps` also `spectral_radius`.
+            `backward_converged`; with `gradient_error` also `median_gradient_error` and `max_gradient_error`; with
+            `spectral_steps` also `spectral_radius`.
         """
         if not len(self.steps):
             return {}
@@ -134,6 +180,9 @@ class SolveLog(HookContext):
             summary["backward_mean_steps"] = _mean(self.backward_steps)
             summary["backward_mean_residual"] = _mean_residual(self.backward_residual)
             summary["backward_converged"] = _mean(self.backward_status == Status.CONVERGED)
+        if len(self.gradient_error):
+            summary["median_gradient_error"] = self.gradient_error.median().item()
+            summary["max_gradient_error"] = self.gradient_error.max().item()
         if self.spectral_steps:
             summary["spectral_radius"] = _mean(self.spectral_radius)
         return summary
@@ -151,3 +200,34 @@ def _mean_residual(residual: Tensor) -> float:
     """Return the mean of the finite ones: a failed sample is counted by its status."""
     known = residual[residual.isfinite()]
     return _mean(known) if len(known) else float("inf")
+
+
+def _own_input(layer: Equilibrium, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Give the layer an input that nothing else uses, and that has a gradient where the layer has one."""
+    x = kwargs.get("x", *args[:1])
+    if not isinstance(x, Tensor) or is_tracing(x) or not torch.is_grad_enabled():
+        return None
+    if x.requires_grad:
+        x = x.view_as(x)
+    elif x.is_floating_point() and any(p.requires_grad for p in layer.cell.parameters()):
+        x = x.detach().requires_grad_()
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "x": x})
+
+
+def _exact_gradient(cell: nn.Module, x: Tensor, z_star: Tensor, g: Tensor) -> Tensor:
+    """Return the derivative of `<g, z*>` in x `(B, ...)` in float64; infinite in samples that could not be solved."""
+    residuals: list[Tensor] = []
+    with torch.enable_grad():  # autocast leaves float64 alone
+        layer = Equilibrium(deepcopy(cell).double(), solver=EXACT, gradient=Implicit(EXACT))
+        layer.register_solution_hook(lambda layer, phase, solution, trace: residuals.append(solution.residual))
+        x = x.double().requires_grad_()
+        (gradient,) = torch.autograd.grad(layer(x, z0=z_star.double()), x, g.double())
+    solved = torch.stack(residuals).amax(dim=0) <= SOLVED
+    return torch.where(solved.view(-1, *[1] * (x.ndim - 1)), gradient, torch.inf)
+
+
+def _relative_error(gradient: Tensor, exact: Tensor) -> Tensor:
+    """Return `||gradient - exact|| / ||exact||` of each sample, `(B,)`."""
+    difference, norm = (torch.linalg.vector_norm(t.flatten(1), dim=1) for t in (gradient - exact, exact))
+    error = difference / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return torch.where(exact.flatten(1).isfinite().all(dim=1), error, torch.inf)

@@ -15,7 +15,7 @@ from timm_deq.equilibrium import Equilibrium
 from timm_deq.gradients import Gradient, Implicit, Neumann, Phantom, Reversible, Shine, Unrolled
 from timm_deq.hooks import equilibria
 from timm_deq.solvers import Anderson, Broyden, Picard, ReversibleIteration, Solver
-from timm_deq.solvers.base import check_integer
+from timm_deq.solvers.base import check_bool, check_integer
 
 SOLVERS: dict[str, type[Solver]] = {
     "picard": Picard,
@@ -174,36 +174,47 @@ def create_out_norm(
     raise ValueError(f"out_norm must be one of none, group, batch_relu, got {out_norm!r}")
 
 
-def set_solver(model: nn.Module, solver: str | None = None, **settings: Any) -> None:
+def set_solver(model: nn.Module, solver: str | None = None, *, exact: bool = False, **settings: Any) -> None:
     """Change how a model solves for its equilibria: the anytime knob, `set_solver(model, max_steps=4)`.
 
-    The backward solve of an implicit gradient follows; a tolerance and a budget of its own it keeps. The settings are
-    recorded in the model's arguments, so they survive `deepcopy`, saving and the Hub.
+    The backward solve of an implicit gradient follows; a tolerance and a budget of its own it keeps, unless `exact`.
+    The settings are recorded in the model's arguments, so they survive `deepcopy`, saving and the Hub.
 
     Args:
         model: A module with at least one :class:`Equilibrium`.
         solver: Name of another solver, whose other settings then start from its defaults; None keeps the present one.
+        exact: Whether forward and backward solves are to go as far as the precision of the weights allows: a `tol` of
+            1e-9 in float64, of 1e-7 in float32, and a budget of 200. A `tol` or a budget that is given prevails.
         settings: `tol`, `max_steps` and the other settings of the solver; those not given, or None, stay.
 
     Raises:
         ValueError: The model has no equilibrium, a setting is unknown or out of its range, or the new solver does not
-            serve the gradient.
+            serve the gradient; `exact` with a gradient other than :class:`Implicit`.
     """
+    check_bool("exact", exact)
     layers = list(equilibria(model).values())
     if not layers:
         raise ValueError(f"model must have an Equilibrium layer, got {type(model).__name__} without one")
     given = {key: value for key, value in settings.items() if value is not None}
-    changed = [_changed(layer, solver, given) for layer in layers]
+    changed = [_changed(layer, solver, _exact_settings(layer) | given if exact else given) for layer in layers]
     for layer, new in zip(layers, changed, strict=True):  # all valid before any is set
         layer.gradient.check_solver(new)
     recorded: dict[str, Any] = {}
     for layer, new in zip(layers, changed, strict=True):
         recorded = _recorded(new)
         if isinstance(layer.gradient, Implicit):
-            layer.gradient, backward = _following(layer.gradient, layer.solver, new)
+            layer.gradient, backward = _following(layer.gradient, layer.solver, new, exact=exact)
             recorded.update(backward)
         layer.solver = new
     update_model_args(model, **recorded)
+
+
+def _exact_settings(layer: Equilibrium) -> dict[str, Any]:
+    """Return the settings of solves whose error is that of rounding."""
+    if not isinstance(layer.gradient, Implicit):
+        raise ValueError(f'gradient must be "implicit" for exact=True, got {type(layer.gradient).__name__}')
+    dtype = next((p.dtype for p in layer.cell.parameters()), torch.float32)
+    return {"tol": max(torch.finfo(dtype).eps, 1e-9), "max_steps": 200}
 
 
 def _changed(layer: Equilibrium, name: str | None, given: dict[str, Any]) -> Solver:
@@ -227,12 +238,16 @@ def _recorded(solver: Solver) -> dict[str, Any]:
     return {"solver": names[type(solver)], **dict.fromkeys(every), **asdict(solver)}
 
 
-def _following(gradient: Implicit, old: Solver, new: Solver) -> tuple[Implicit, dict[str, Any]]:
+def _following(gradient: Implicit, old: Solver, new: Solver, *, exact: bool) -> tuple[Implicit, dict[str, Any]]:
     """Return the implicit gradient after a change of the forward solver, as `create_gradient`, and its keywords."""
     backward = gradient.solver
+    own = {"tol": backward.tol, "max_steps": backward.max_steps}
+    if exact:
+        if backward != replace(old, **own):
+            return Implicit(replace(backward, tol=new.tol, max_steps=new.max_steps)), {}
+        backward = old  # whatever it had of its own
     if backward == old:
         return Implicit(new), {"backward_tol": None, "backward_max_steps": None}
-    own = {"tol": backward.tol, "max_steps": backward.max_steps}
     if backward != replace(old, **own):  # not one that keywords describe
         return gradient, {}
     return Implicit(replace(new, **own)), {f"backward_{key}": value for key, value in own.items()}
