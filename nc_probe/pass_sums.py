@@ -14,7 +14,11 @@ from nc_probe.measures.agreement import Agreement
 from nc_probe.measures.assembly import Measurement
 from nc_probe.moments import ranks
 from nc_probe.moments.cache import CachedBatch, FeatureCache
-from nc_probe.moments.second_pass import SecondPass, SecondPassStats
+from nc_probe.moments.class_moments import ClassMoments
+from nc_probe.moments.class_sums import ClassSums
+from nc_probe.moments.precision import float32_has_all_bits
+from nc_probe.moments.second_pass import SecondPass, SecondPassStats, within_class_scatter
+from nc_probe.moments.witness import ROWS, TOLERANCE, WitnessRows
 from nc_probe.report import CollapseReport, measure
 
 __all__ = ["PassSums"]
@@ -46,9 +50,11 @@ class PassSums:
     ) -> None:
         self.head, self.num_classes, self.settings, self.spectrum = head, num_classes, settings, spectrum
         self._captured, self._cache = captured, cache
-        # The scatter waits for a second look at the features, unless they are gone by then, or rounded.
+        # Variances and scatter wait for a second look at the features, unless they are gone by then, or rounded.
         self._deferred = not cache.budget_exceeded and cache.dtype is None
-        self.classifiers = classifier_streams(head, lambda d: make(d, scatter=not self._deferred))
+        self.classifiers = classifier_streams(
+            head, lambda d: ClassSums(make(d, scatter=False)) if self._deferred else make(d)
+        )
         self.reset()
 
     @property
@@ -78,8 +84,15 @@ class PassSums:
         for stream in self.classifiers:
             stream.snapshot()
 
-    def add(self, features: Tensor, labels: Tensor, mask: Tensor | None) -> None:
-        """Add a batch: features (B, D) of the whole head, labels (B,); and what was captured, where `mask` is True."""
+    def add(self, features: Tensor, labels: Tensor, mask: Tensor | None, output: Sequence[Tensor] = ()) -> None:
+        """Add a batch, and what was captured of it.
+
+        Args:
+            features: (B, D) of the whole head, which nobody changes from now on.
+            labels: (B,).
+            mask: True for these samples among those captured; None for all.
+            output: (B, ...) tensors that the model gave, among which the logits may be.
+        """
         first = not self._second_passes
         self._reports = {}
         if first:  # whatever is refused is refused before anything is added
@@ -89,10 +102,14 @@ class PassSums:
             for stream, places in captured:
                 stream.add(places, labels)
         labels = labels.long().clamp(0, self.num_classes - 1)  # an accelerator's are checked later
-        chosen = torch.cat([stream.choose(features, labels, count=first) for stream in self.classifiers], 1)
-        batch = CachedBatch(features, labels, chosen)
-        for i, second in enumerate(self._second_passes):
-            second.add(batch, self.classifiers[i].columns, i)
+        outputs = [output, *[()] * (len(self.classifiers) - 1)]
+        choices = [
+            stream.choose(features, labels, given, count=first)
+            for stream, given in zip(self.classifiers, outputs, strict=True)
+        ]
+        batch = CachedBatch(features, labels, torch.cat(choices, 1) if choices[1:] else choices[0])
+        for stream, second, choice in zip(self.classifiers, self._second_passes, choices, strict=False):
+            second.add([features[:, stream.columns]], labels, choice[:, 0] if choice.shape[1] else None)
         if first and not self._cache.budget_exceeded:
             self._cache.append(batch)
             if self._cache.budget_exceeded:
@@ -138,10 +155,14 @@ class PassSums:
         moments.check_counts()
         dtype = stream.features_dtype(sync=sync)
         measurement = Measurement(moments, *stream.snapshot(), **self.settings, features_dtype=dtype)
-        scatter = None
+        looked = within = None
         if self._deferred and not exceeded:
-            scatter, source = self._from_cache(index, measurement, sync=sync)
-            stats = scatter
+            looked, source = self._from_cache(index, measurement, sync=sync)
+            stats = looked
+            assert looked.trace is not None
+            moments.trace = looked.trace
+            if self.spectrum:
+                within = self._within(index, measurement, sync=sync)
         elif self._second_passes:
             stats, source = self._second_passes[index].compute(sync=sync), "from a second pass over the samples"
         elif not exceeded:
@@ -151,14 +172,41 @@ class PassSums:
         agree = None if stats is None or stream.linear is None else stats.agree
         nearest = None if stats is None else stats.nearest
         agreement = Agreement(stream.correct_counts(sync=sync), nearest, agree, source)
-        return CollapseReport.of(measurement.values(agreement, scatter))
+        return CollapseReport.of(measurement.values(agreement, looked, within))
 
     def _from_cache(self, index: int, measurement: Measurement, *, sync: bool) -> tuple[SecondPassStats, str]:
         """Look again at the features that are kept: at their scatter too, unless it was summed in the first pass."""
-        stream, bases, weights = self.classifiers[index], [], None
-        if self._deferred:
-            bases, weights = measurement.bases, measurement.class_weights if self.spectrum else None
-        second = SecondPass(measurement.moments, bases, weights)
+        moments, labels, chosen = measurement.moments, self._cache.labels, self._cache.chosen(index)
+        bases = measurement.bases if self._deferred else []
+        stats = None
+        for dtype in self._precisions(moments, sync=sync):
+            second = SecondPass(moments, bases, dtype=dtype)
+            witness = None if dtype == torch.float64 else WitnessRows(labels)
+            second.add(self._features(index, witness), labels, chosen)
+            stats = second.compute(sync=sync, witness=witness)
+            inexact = [int(stats.error > TOLERANCE)]
+            if not any(ranks.all_reduce_max(inexact) if sync else inexact):
+                break
+        assert stats is not None
+        return stats, f"from {self._cache.where(sync=sync)}"
+
+    def _precisions(self, moments: ClassMoments, *, sync: bool) -> tuple[torch.dtype, ...]:
+        """Of the arithmetic on features, in the order in which to try."""
+        # Where the witness would be most of the data, float64 costs no more.
+        exact = [int(self._cache.in_float64 or not self._deferred or not float32_has_all_bits(moments.device))]
+        exact = any(ranks.all_reduce_max(exact) if sync else exact)
+        return (torch.float64,) if exact or int(moments.count.sum()) <= 4 * ROWS else (torch.float32, torch.float64)
+
+    def _features(self, index: int, witness: WitnessRows | None = None) -> Iterator[Tensor]:
+        """Yield those kept for a classifier, batch by batch; a witness sees them too."""
         for batch in self._cache:
-            second.add(batch, stream.columns, index)
-        return second.compute(sync=sync), f"from {self._cache.where(sync=sync)}"
+            features = batch.features[:, self.classifiers[index].columns]
+            if witness is not None:
+                witness.show(features)
+            yield features
+
+    def _within(self, index: int, measurement: Measurement, *, sync: bool) -> Tensor:
+        """Sum the within-class covariance (d, d) of a classifier's features that are kept."""
+        moments, weights = measurement.moments, measurement.class_weights
+        within = within_class_scatter(moments, weights, self._features(index), self._cache.labels)
+        return ranks.all_reduce_sum(within) if sync else within

@@ -254,10 +254,11 @@ class NCProbe:
         check_samples(len(features), labels, mask)
         if mask is not None:
             features, labels = features[mask.to(features.device)], labels[mask.to(labels.device)]
-        self._sums.add(features, labels, mask)
+            output = [x[mask.to(x.device)] for x in output]
+        self._sums.add(features, labels, mask, output)
         if self._input is not None and not self._compared and len(features):
             self._compared = True
-            self._check_linear(features, output if mask is None else [x[mask.to(x.device)] for x in output])
+            self._check_linear(features, output)
 
     def _check_weights(self) -> None:
         """Warn, once a pass, where the weights are not those of the first update: features are then of two models."""

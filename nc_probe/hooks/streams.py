@@ -14,6 +14,7 @@ from nc_probe.hooks.captures import IterateCapture, LayerCapture
 from nc_probe.hooks.heads import Head, LinearMap
 from nc_probe.moments import ranks
 from nc_probe.moments.class_moments import ClassMoments
+from nc_probe.moments.class_sums import ClassSums
 from nc_probe.moments.decisions import Scores
 from nc_probe.moments.precision import DTYPES, float64_context
 from nc_probe.moments.validation import check_batch, validate_features
@@ -33,10 +34,13 @@ class ClassifierStream:
     Args:
         linear: weight (K, d) and bias, or None for features without a classifier.
         columns: where in the features of the whole head those of this map are.
-        make: its moments, with a scatter or not; without a classifier to tell d there are none before the first batch.
+        make: its moments, or its class sums if features are kept; without a classifier to tell d there are none before
+            the first batch.
     """
 
-    def __init__(self, linear: Head | LinearMap | None, columns: slice, make: Callable[[int], ClassMoments]) -> None:
+    def __init__(
+        self, linear: Head | LinearMap | None, columns: slice, make: Callable[[int], ClassMoments | ClassSums]
+    ) -> None:
         self.linear, self.columns, self.make = linear, columns, make
         self.reset()
 
@@ -56,8 +60,15 @@ class ClassifierStream:
         self.moments.update(x, labels)
         self._dtype = max(self._dtype, DTYPES.index(x.dtype))
 
-    def choose(self, features: Tensor, labels: Tensor, *, count: bool) -> Tensor:
-        """Return the class chosen for each sample, (B, 1), or (B, 0) without a classifier; `count` the right ones."""
+    def choose(self, features: Tensor, labels: Tensor, output: Sequence[Tensor] = (), *, count: bool) -> Tensor:
+        """Return the class chosen for each sample, (B, 1), or (B, 0) without a classifier; `count` the right ones.
+
+        Args:
+            features: (B, D) of the whole head.
+            labels: (B,).
+            output: tensors that the model gave. One that is (B, K) may be the logits: they are not computed again.
+            count: the right ones.
+        """
         if self.linear is None:
             return labels.new_empty(len(labels), 0)
         weight, bias = self.snapshot()
@@ -65,12 +76,13 @@ class ClassifierStream:
         with float64_context(weight.device):
             if self._scores is None:
                 self._scores = Scores(weight, weight.new_zeros(len(weight)) if bias is None else bias)
-            chosen = self._scores.highest(features[:, self.columns].detach().to(weight.device))
+            x, labels = features[:, self.columns].detach().to(weight.device), labels.to(weight.device)
+            logits = next((x for x in output if x.shape == (len(labels), len(weight))), None)
+            chosen = self._scores.highest(x) if logits is None else self._scores.highest_of(logits, x, labels)
             if not count:
                 return chosen[:, None]
             if self.correct is None:
                 self.correct = torch.zeros(self.linear.weight.shape[0], dtype=torch.int64, device=chosen.device)
-            labels = labels.to(chosen.device)
             self.correct.index_add_(0, labels, (chosen == labels).long())
         return chosen[:, None]
 
@@ -89,10 +101,11 @@ class ClassifierStream:
         if self._snapshot is None:
             assert self.moments is not None
             weight, bias = self.linear.weight, self.linear.bias
-            with float64_context(self.moments.device):
+            device = self.moments.device
+            with float64_context(device):
                 self._snapshot = (
-                    weight.detach().to(self.moments.mean, copy=True),
-                    None if bias is None else bias.detach().to(self.moments.mean, copy=True),
+                    weight.detach().to(device, torch.float64, copy=True),
+                    None if bias is None else bias.detach().to(device, torch.float64, copy=True),
                 )
         return self._snapshot
 
@@ -109,15 +122,20 @@ class ClassifierStream:
         return float(min(errors)) if errors else None
 
     def add_scatter(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Add the scatter of batches that were added without: features of the whole head (B, D), labels (B,)."""
-        assert self.moments is not None
+        """Add variances and scatter of batches of which sums are kept: features of the whole head (B, D), labels (B,).
+
+        From then on they are summed as batches come.
+        """
+        assert isinstance(self.moments, ClassSums)
+        self.moments = self.moments.moments()
         self._add_scatter(self.moments, batches)
 
     def gathered(self, late: Iterable[tuple[Tensor, Tensor]] | None = None, *, sync: bool) -> ClassMoments:
         """Return the moments over all ranks, every one of which must call it, or of this rank.
 
         Args:
-            late: batches of `add_scatter`, whose scatter is added to what is returned. Default: there is no scatter.
+            late: batches of `add_scatter`, whose variances and scatter are added to what is returned. Default: where
+                features are kept there are none.
             sync: over all ranks.
 
         Raises:
@@ -130,8 +148,9 @@ class ClassifierStream:
                 moments = self.make(num_features)  # of a rank without samples
         if moments is None:
             raise ValueError("compute needs at least one sample: call update first")
+        if isinstance(moments, ClassSums):
+            moments = moments.moments()
         if late is not None:
-            moments = copy.deepcopy(moments)
             self._add_scatter(moments, late)
         moments = moments.sync() if sync else moments
         moments.check()
@@ -153,14 +172,17 @@ class ClassifierStream:
         return ranks.all_reduce_sum(correct) if sync else correct
 
     def _add_scatter(self, moments: ClassMoments, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        allowed = True
         try:
             moments.add_scatter(moments.mean[:0], moments.count[:0])  # on every rank, also on one without samples
         except ValueError as error:
             text = f"features exceed cache_bytes and spill_bytes, so NC1 will be absent: {error}"
             warnings.warn(text, stacklevel=6)
-            return
+            allowed = False
         for features, labels in batches:
-            moments.add_scatter(features[:, self.columns], labels)
+            moments.add_trace(features[:, self.columns], labels)
+            if allowed:
+                moments.add_scatter(features[:, self.columns], labels)
 
 
 class CaptureStream:
@@ -229,7 +251,7 @@ class CaptureStream:
                 moments[name] = self.make(num_features) if before is None else copy.deepcopy(before)
 
 
-def classifier_streams(head: Head | None, make: Callable[[int], ClassMoments]) -> list[ClassifierStream]:
+def classifier_streams(head: Head | None, make: Callable[[int], ClassMoments | ClassSums]) -> list[ClassifierStream]:
     """Make a stream for the whole head and, if it is the mean of several maps, one for each of them."""
     whole = ClassifierStream(head, slice(None), make)
     if head is None or len(head.maps) == 1:

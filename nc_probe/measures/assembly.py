@@ -46,7 +46,7 @@ class Measurement:
     """What the report of all classes and those of the groups share.
 
     NC1 and the ranks of the features rest on the within-class scatter: that of the moments or, where they have none,
-    what a second look at the features finds of `bases` and `class_weights`.
+    what a second look at the features finds of `bases` and `class_weights`. Variances may be set by then, not before.
 
     Attributes:
         class_weights: (K,) with S_W = sum_k class_weights[k] S_k.
@@ -93,7 +93,6 @@ class Measurement:
             self.seli, self.frame = seli(moments.count), orthogonal_frame(moments.count, weight_decay=self.weight_decay)
             self.position = self.present.cumsum(0) - 1
             self.magnitude = float((self.pi @ moments.mean.square().sum(1)).sqrt())
-            self.power = self.magnitude**2 + float(self.class_weights @ moments.trace)  # E ||x||^2
             # S_B^+ of all classes (None), of each group, and by each convention that has one.
             everything = torch.arange(K)
             self._inverses: dict[str | None, formulas.BetweenInverse] = {None: self._inverse(everything)}
@@ -109,12 +108,18 @@ class Measurement:
         own = [(inverse.basis, classes[name]) for name, inverse in self._inverses.items()]
         return own + [(inverse.basis, classes[None]) for inverse in self._published.values()]
 
-    def values(self, agreement: Agreement | None = None, looked: SecondPassStats | None = None) -> dict[str, Any]:
+    def values(
+        self,
+        agreement: Agreement | None = None,
+        looked: SecondPassStats | None = None,
+        within: Tensor | None = None,
+    ) -> dict[str, Any]:
         """Compute the fields of a report by name; those of the groups' reports, by group, under "groups".
 
         Args:
             agreement: samples counted with the features at hand.
-            looked: at every sample again, for `bases` and `class_weights`.
+            looked: at every sample again, for `bases`.
+            within: (d, d) their sum_k class_weights[k] S_k, for the ranks of the features.
         """
         with float64_context(self.moments.device):
             names = [*self._inverses, *self._published]
@@ -127,8 +132,14 @@ class Measurement:
                 )
                 for paper in self.papers
             }
-            ranks = self._spectrum(looked)
-        return whole | ranks | {"conventions": published, "groups": parts}
+            ranks = self._spectrum(within)
+        precision = {"nc1_precision": str(looked.dtype).removeprefix("torch.")} if looked else {}
+        parts = {name: part | precision for name, part in parts.items()}
+        return whole | ranks | precision | {"conventions": published, "groups": parts}
+
+    def _power(self) -> float:
+        """E ||x||^2."""
+        return self.magnitude**2 + float(self.class_weights @ self.moments.trace)
 
     def _inverse(self, classes: Tensor) -> formulas.BetweenInverse:
         shown = classes[self.present[classes]]
@@ -137,9 +148,8 @@ class Measurement:
         most = min(len(shown), self.num_present - 1)
         return formulas.between_inverse(self.centered[shown], pi, max_rank=most, magnitude=self.magnitude)
 
-    def _spectrum(self, looked: SecondPassStats | None) -> dict[str, Any]:
-        """Ranks of the features of all classes."""
-        within = None if looked is None else looked.within
+    def _spectrum(self, within: Tensor | None) -> dict[str, Any]:
+        """Ranks of the features of all classes; `within` is S_W, if known."""
         if within is None:
             if not self.moments.num_scatters:
                 return {}
@@ -204,7 +214,7 @@ class Measurement:
         """NC1 of all classes (no name) or of a group; `spread` (K,) is tr(B^T S_k B), if known."""
         inverse, m, n = self._inverses[name], len(shown), self.moments.count[shown].double()
         values: dict[str, Any] = {"nc1_rank": inverse.rank, "nc1_condition": inverse.condition}
-        values["nc1_unresolved"] = formulas.unresolved(inverse, self.power, dtype=self.features_dtype)
+        values["nc1_unresolved"] = formulas.unresolved(inverse, self._power(), dtype=self.features_dtype)
         weights = self.pi[shown] / self.pi[shown].sum() / n
         own = spread is None
         spread = self.moments.projected_scatter_trace(inverse.basis, shown) if spread is None else spread[shown]

@@ -55,11 +55,16 @@ class FeatureCache:
         self.budget_exceeded = self.memory_bytes + self.disk_bytes == 0
 
     def append(self, batch: CachedBatch) -> None:
-        """Keeps a copy of a batch, or finds that it is too much: those before it are there until `discard`."""
+        """Keeps a batch, or finds that it is too much: those before it are there until `discard`.
+
+        Features on the CPU are not copied, and so may not be changed afterwards.
+        """
         if self.budget_exceeded:
             return
         features = batch.features.detach()
-        kept = features.to("cpu", self.dtype or features.dtype, copy=True)
+        kept = features.to("cpu", self.dtype or features.dtype)
+        if kept.untyped_storage().nbytes() > kept.nbytes:  # a view would hold more than it counts
+            kept = kept.clone()
         labels, chosen = batch.labels.cpu(), batch.chosen.cpu()
         if self._memory + kept.nbytes <= self.memory_bytes:
             self._memory += kept.nbytes
@@ -68,6 +73,22 @@ class FeatureCache:
             self._batches.append(CachedBatch(kept[:0], labels, chosen))
         else:
             self.budget_exceeded = True
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) of all batches, in their order."""
+        return torch.cat([batch.labels for batch in self._batches] or [torch.zeros(0, dtype=torch.int64)])
+
+    def chosen(self, classifier: int) -> Tensor | None:
+        """(N,) what a classifier chose, of all batches, in their order; None if there is no classifier."""
+        if any(not batch.chosen.shape[1] for batch in self._batches):
+            return None
+        return torch.cat([b.chosen[:, classifier] for b in self._batches] or [torch.zeros(0, dtype=torch.int64)])
+
+    @property
+    def in_float64(self) -> bool:
+        """Whether some are, of this rank."""
+        return any(batch.features.dtype == torch.float64 for batch in self._batches)
 
     def __iter__(self) -> Iterator[CachedBatch]:
         if self._file is not None:

@@ -167,6 +167,12 @@ class ClassMoments(State):
                 self._add_scatter(y, of)
         return self
 
+    def add_trace(self, features: Tensor, labels: Tensor) -> None:
+        """Add tr S_k, about the class means, of samples of which only counts and means are there (`class_sums.py`)."""
+        with float64_context(self.device):
+            for y, of in deviations(features.detach(), labels, self.mean):
+                self.trace.index_add_(0, of, y.norm(dim=1).square())
+
     def merge(self, other: "ClassMoments") -> Self:
         """Add the samples of `other`, which saw other samples of the same classes and features.
 
@@ -290,18 +296,12 @@ class ClassMoments(State):
         n = n_a + n_b
         # Everything is taken relative to a point near the data, so that a large common offset cancels before it rounds.
         ref = torch.where(((n_a > 0) | (n_b == 0))[:, None], self.mean[klass], x[:1].double())
-        delta, square = torch.zeros_like(ref), torch.zeros_like(n)
+        delta = torch.zeros_like(ref)
         for y, of in deviations(x, slot, ref):
             delta.index_add_(0, of, y)
-            square.index_add_(0, of, y.norm(dim=1).square())
         delta /= n_b.clamp(min=1)[:, None]
         self.count.index_copy_(0, klass, n.long())
         self.mean.index_copy_(0, klass, torch.addcmul(ref, delta, (n_b / n.clamp(min=1))[:, None]))
-        here = labels.device.type == self.device.type == "cpu"
-        if here and not self.num_scatters and bool((n_a >= n_b).all()):
-            # ref is the class mean so far, so this is Chan's update of the trace, of which at most a half cancels.
-            self.trace.index_add_(0, klass, square - n_b.square() / n * delta.norm(dim=1).square())
-            return
         # With r = x - ref, r - delta sums to zero over a class of the batch, so adding c delta to each of its n_b rows
         # adds exactly n_b c^2 delta delta^T to their scatter: with c^2 = n_a/n that is Chan's second term, and one GEMM
         # does it all.

@@ -7,14 +7,25 @@ rounding w, x and b beforehand and adding b adds four u. So a class that leads a
     2 (d + 4) u (||w|| ||x|| + |b|),    u = 2^-24, with the largest ||w|| and |b|,
 
 leads in exact arithmetic. The few samples where none does, ties among them, are scored again in float64.
+
+Scores that a classifier has just given need no product of their own: it is enough that they are what they should be,
+which a random combination of the classes shows (Freivalds 1977), sum_k r_k s_k = (sum_k r_k w_k) . x + sum_k r_k b_k.
+With |r_k| >= 1 a single score that was changed by more than the tolerance of this check is found; changed by less, it
+is within the lead that is asked for, which is larger by twice the tolerance.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from nc_probe.moments.blocks import block_rows
+from nc_probe.moments.precision import float32_has_all_bits
 
-__all__ = ["Scores"]
+__all__ = ["Scores", "UNIT"]
+
+# Unit roundoff of float32.
+UNIT = 2.0**-24
 
 # Added to norms, so that what underflows is within the bound. What overflows has an infinite one.
 TINY = 2.0**-50
@@ -30,32 +41,94 @@ class Scores:
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.weight, self.bias = weight, bias
-        self._rounded = (bias.float()[:, None], weight.float())
+        self._rounded: tuple[Tensor, Tensor] | None = None
+        self._check: tuple[Tensor, Tensor, float] | None = None
         d = weight.shape[1]
-        self._unit = 2 * (d + 4) * 2.0**-24 if d <= 2**16 else torch.inf
+        self._unit = 2 * (d + 4) * UNIT if d <= 2**16 else torch.inf
         # A hundredth more for what is of second order, and for the norm of x in float32.
         self._size = 1.01 * (weight.norm(dim=1).amax() + TINY)
-        self._offset = 1.01 * bias[bias.isfinite()].abs().amax()
+        finite = bias.isfinite()
+        self._offset = 1.01 * bias[finite].abs().amax()
+        self._all_finite = bool(finite.all())
 
-    def highest(self, x: Tensor) -> Tensor:
-        """The class of the highest score, the first of equals: (B,) for features x (B, d) of any precision."""
-        # Elsewhere float64 costs less than waiting to hear which samples are undecided; and matrix products of float32
-        # may have been allowed fewer bits.
-        precision = torch.backends.mkldnn.matmul.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
-        find = self._roughly if x.device.type == "cpu" and precision in ("none", "ieee") else self._exactly
-        return torch.cat([find(part) for part in x.split(block_rows(x.device, x.shape[1]))])
+    def highest(
+        self, x: Tensor, *, error: Tensor | None = None, exact: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Find the class of the highest score, the first of equals: (B,) for features of any precision.
+
+        Args:
+            x: (B, d).
+            error: (B,) bound on the norm of the error of x itself. Default: it is exact.
+            exact: gives x in float64 for indices (n,), where it is not.
+        """
+        # Elsewhere float64 costs less than waiting to hear which samples are undecided.
+        if not float32_has_all_bits(x.device):
+            if exact is not None:
+                x = exact(torch.arange(len(x), device=x.device))
+            return torch.cat([self._exactly(part) for part in x.split(block_rows(x.device, x.shape[1]))])
+        chosen = []
+        start = 0
+        for part in x.split(block_rows(x.device, x.shape[1])):
+            index = slice(start, start + len(part))
+            found, undecided = self._roughly(part, None if error is None else error[index])
+            if len(undecided):
+                again = part[undecided] if exact is None else exact(undecided + start)
+                found[undecided] = self._exactly(again)
+            chosen.append(found)
+            start += len(part)
+        return torch.cat(chosen)
+
+    def highest_of(self, logits: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+        """Find the class of the highest score where the scores have been computed before.
+
+        Args:
+            logits: (B, K) that are believed to be the scores of x. Where they are not, they are not used.
+            x: (B, d).
+            labels: (B,) classes that are likely to be the highest, each asked for first.
+        """
+        usable = logits.dtype == torch.float32 and x.dtype != torch.float64 and float32_has_all_bits(x.device)
+        if not usable or logits.device != x.device or not self._all_finite:
+            return self.highest(x)
+        features, logits = x.float(), logits.clone() if logits.is_inference() else logits
+        tolerance = self._unit * ((torch.linalg.vector_norm(features, dim=1) + TINY) * self._size + self._offset)
+        signs, image, constant = self._checksum()
+        known = ((logits @ signs).sub_(features @ image).sub_(constant).abs_()) <= tolerance
+        lead = 3 * tolerance
+        own, slot = logits.gather(1, labels[:, None]), labels[:, None]
+        rest = logits.scatter_(1, slot, -torch.inf).amax(1)
+        logits.scatter_(1, slot, own)
+        chosen = labels.clone()
+        others = (~(known & (own[:, 0] - rest > lead))).nonzero()[:, 0]  # NaN is
+        if len(others):
+            scores = logits[others]
+            top, chosen[others] = scores.max(1)
+            second = scores.scatter_(1, chosen[others, None], -torch.inf).amax(1)
+            undecided = others[~(known[others] & (top - second > lead[others]))]
+            if len(undecided):
+                chosen[undecided] = self.highest(x[undecided])
+        return chosen
 
     def _exactly(self, x: Tensor) -> Tensor:
         return torch.addmm(self.bias, x.to(self.weight), self.weight.T).argmax(1)
 
-    def _roughly(self, x: Tensor) -> Tensor:
+    def _roughly(self, x: Tensor, error: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the class (B,) that leads in float32, and the indices of samples where it may be another."""
+        if self._rounded is None:
+            self._rounded = self.bias.float()[:, None], self.weight.float()
         rounded = x.float()
-        bias, weight = self._rounded
-        scores = torch.addmm(bias, weight, rounded.T)
+        scores = torch.addmm(self._rounded[0], self._rounded[1], rounded.T)
         top, chosen = scores.max(0)
         second = scores.scatter_(0, chosen[None], -torch.inf).amax(0)
-        reach = (rounded.norm(dim=1) + TINY) * self._size + self._offset
-        undecided = (~(top - second > self._unit * reach)).nonzero()[:, 0]  # NaN is
-        if len(undecided):
-            chosen[undecided] = self._exactly(x[undecided])
-        return chosen
+        lead = self._unit * ((rounded.norm(dim=1) + TINY) * self._size + self._offset)
+        if error is not None:
+            lead += 2 * self._size * error
+        return chosen, (~(top - second > lead)).nonzero()[:, 0]  # NaN is
+
+    def _checksum(self) -> tuple[Tensor, Tensor, float]:
+        """r (K,), sum_k r_k w_k (d,) and sum_k r_k b_k, with 1 <= |r_k| <= 2."""
+        if self._check is None:
+            gen = torch.Generator().manual_seed(0)
+            r = torch.rand(len(self.bias), generator=gen, dtype=torch.float64) * 2 - 1
+            r = (r + r.sign()).to(self.weight)
+            self._check = r.float(), (r @ self.weight).float(), float(r @ self.bias)
+        return self._check

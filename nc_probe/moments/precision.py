@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["DTYPES", "cpu_by_default", "float64_context"]
+__all__ = ["DTYPES", "cpu_by_default", "float32_has_all_bits", "float64_context"]
 
 # Of features, from fine to coarse.
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -15,7 +15,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def float64_context(device: torch.device) -> Iterator[None]:
     """No autograd, no autocast, and no inference mode, whose tensors could not be updated outside of it.
 
-    TF32 does not touch float64, in which everything here is computed.
+    TF32 does not touch float64, in which everything is computed that float32 is not known to be enough for.
     """
     with cpu_by_default(), torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
@@ -28,3 +28,9 @@ def cpu_by_default() -> Iterator[None]:
     elsewhere = torch.get_default_device().type != "cpu"
     with torch.device("cpu") if elsewhere else contextlib.nullcontext():
         yield
+
+
+def float32_has_all_bits(device: torch.device) -> bool:
+    """Tell whether a product of float32 matrices is one of float32: on the CPU, unless fewer bits have been allowed."""
+    precision = torch.backends.mkldnn.matmul.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return device.type == "cpu" and precision in ("none", "ieee")

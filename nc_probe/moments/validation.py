@@ -1,5 +1,6 @@
 """Input validation: features, labels and settings, each error in one line."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,14 +81,13 @@ def validate_values(features: Tensor, labels: Tensor, num_classes: int, *, batch
     Raises:
         ValueError: bad values on the CPU.
     """
-    outside = ((labels < 0) | (labels >= num_classes)).any()
-    if labels.device.type == "cpu" and outside:
-        raise ValueError(
-            f"labels must be in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())} in batch {batch}"
-        )
+    low, high = labels.aminmax() if labels.numel() else labels.new_zeros(2)
+    if labels.device.type == "cpu" and not 0 <= int(low) <= int(high) < num_classes:
+        raise ValueError(f"labels must be in 0..{num_classes - 1}, got {int(low)}..{int(high)} in batch {batch}")
     infinite = validate_features(features, batch=batch)
     if features.device.type == "cpu":
         return bad
+    outside = (low < 0) | (high >= num_classes)
     found = torch.stack([outside.to(bad.device), infinite])
     return torch.where(found & (bad < 0), batch, bad)
 
@@ -98,7 +98,8 @@ def validate_features(features: Tensor, *, batch: int) -> Tensor:
     Raises:
         ValueError: they are not, and on the CPU.
     """
-    # NaN and infinity show in the extremes, which take about a tenth of the time of isfinite().all() on a CPU.
+    if features.device.type == "cpu" and math.isfinite(float(features.sum())):
+        return torch.zeros((), dtype=torch.bool)  # NaN and infinity show in a sum; where that overflows, look closer
     extremes = torch.stack(features.aminmax()) if features.numel() else features.new_zeros(1)
     infinite = ~extremes.isfinite().all()
     if features.device.type == "cpu" and infinite:

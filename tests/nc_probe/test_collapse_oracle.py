@@ -29,6 +29,7 @@ NOT_NUMBERS = {
     "center",
     "num_classes",
     "weight_decay",
+    "nc1_precision",
     "nc1_source",
     "nc4_source",
     "means",

@@ -107,3 +107,52 @@ def test_fewer_bits_for_float32_are_no_bits_lost(monkeypatch):
         assert Scores(weight, bias).highest(x).tolist() == exact(x, weight, bias)
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def changed(logits, how):
+    """What a model may give in place of its logits, most of which would change decisions."""
+    order = torch.arange(K).roll(1)
+    return {
+        "as they are": logits,
+        "exchanged": logits[:, order],
+        "hotter": logits / 3 + 1,
+        "negative": -logits,
+        "bfloat16": logits.bfloat16().float(),
+        "float64": logits.double(),
+        "one more": torch.cat([logits[:1] + torch.eye(K)[3] * 100, logits[1:]]),
+        "no numbers": logits * torch.nan,
+        "of others": logits.flip(0),
+    }[how]
+
+
+@pytest.mark.parametrize("gap", [1.0, 1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize(
+    "how",
+    ["as they are", "exchanged", "hotter", "negative", "bfloat16", "float64", "one more", "no numbers", "of others"],
+)
+def test_logits_that_were_given_decide_only_where_they_are_the_scores(how, gap):
+    x, weight, bias = problem(gap)
+    x = x.float()
+    given = changed(torch.nn.functional.linear(x, weight.float(), bias.float()), how)
+    before, labels = given.clone(), torch.arange(len(x)) % K
+    chosen = Scores(weight, bias).highest_of(given, x, labels)
+    assert chosen.tolist() == exact(x.double(), weight, bias)
+    assert torch.equal(given, before) or how == "no numbers"
+
+
+def test_logits_that_were_given_spare_the_product(monkeypatch):
+    gen = torch.Generator().manual_seed(0)
+    weight = torch.randn(K, d, generator=gen).double()
+    labels = torch.arange(300) % K
+    x = (weight[labels] + 0.1 * torch.randn(300, d, generator=gen)).float()
+    asked, highest = [], Scores.highest
+    monkeypatch.setattr(Scores, "highest", lambda self, x: asked.append(len(x)) or highest(self, x))
+    scores = Scores(weight, torch.zeros(K).double())
+    logits = x @ weight.T.float()
+    assert torch.equal(scores.highest_of(logits, x, labels), labels)
+    assert torch.equal(scores.highest_of(logits, x, labels.roll(7)), labels), (
+        "wrong guesses are looked at in the logits"
+    )
+    assert asked == []
+    logits[5, 2] += 0.1
+    assert torch.equal(scores.highest_of(logits, x, labels), labels) and asked == [1], "one row is not as it should be"
