@@ -100,7 +100,7 @@ def forest_figure(study: Study, rows: Mapping[str, Mapping[str, PairedDifference
     names = [f"{setting}, minus {arm}" if setting else f"minus {arm}" for setting, arm, _ in lines]
     axes.set_yticks(range(len(lines)), [label(name, most=44) for name in names])
     axes.invert_yaxis()
-    axes.set_xlabel(f"{label(study.tested)} minus another arm, points of accuracy")
+    figure.supxlabel(f"{label(study.tested)} minus another arm, points of accuracy", fontsize=9)
     _finish(axes)
     axes.tick_params(axis="y", length=0)
     return figure
