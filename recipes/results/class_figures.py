@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
@@ -16,6 +17,10 @@ from recipes.results.figures import head
 
 # Up to this many classes the cells of a confusion matrix have their values; more than this many cells a side are none.
 MAX_VALUES, MAX_CELLS = 15, 125
+
+# Samples of a class in a picture: fewer than t-SNE takes for neighbours, for of more it spreads every class as widely
+# as any other, however close together it is; and at least so many of each, if there are.
+PER_CLASS, PERPLEXITY, AT_LEAST = 25, 30, 10
 
 _CLASS_COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #F0E442 #000000 #999999 #882255".split()
 
@@ -82,7 +87,10 @@ def block_means(share: np.ndarray, block: int) -> np.ndarray:
 
 
 def sample_evenly(labels: np.ndarray, limit: int, *, seed: int) -> np.ndarray:
-    """Choose about as many samples of every class: the most that makes no more than `limit` of all.
+    """Choose about as many samples of every class, PER_CLASS at most, and no more than `limit` of all.
+
+    Where that would be fewer than AT_LEAST, some classes are left out, evenly from the most frequent to the least: of
+    two samples of each one could not see how they lie.
 
     Args:
         labels: classes, (N,).
@@ -91,9 +99,13 @@ def sample_evenly(labels: np.ndarray, limit: int, *, seed: int) -> np.ndarray:
         Sorted indices of at most `limit` samples; a class with too few gives all that it has.
     """
     _, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    most = next((n for n in range(limit, 1, -1) if np.minimum(counts, n).sum() <= limit), 1)
+    most = max(limit // min(AT_LEAST, int(np.median(counts))), 1)
+    if len(counts) > most:
+        kept = np.argsort(-counts, kind="stable")[np.linspace(0, len(counts) - 1, most).round().astype(int)]
+        counts = np.where(np.isin(np.arange(len(counts)), kept), counts, 0)
+    each = next((n for n in range(min(limit, PER_CLASS), 1, -1) if np.minimum(counts, n).sum() <= limit), 1)
     generator = np.random.default_rng(seed)
-    chosen = [generator.permutation(np.flatnonzero(labels == k))[:most] for k in range(len(counts))]
+    chosen = [generator.permutation(np.flatnonzero(labels == k))[:each] for k in np.flatnonzero(counts)]
     return np.sort(generator.permutation(np.concatenate(chosen))[:limit])
 
 
@@ -107,7 +119,7 @@ def tsne_points(features: np.ndarray, *, seed: int) -> np.ndarray:
 
     # The two components exist if the features vary in two directions.
     plane = np.linalg.matrix_rank(features - features.mean(0)) > 1
-    perplexity = min(30, (len(features) - 1) / 3)
+    perplexity = min(PERPLEXITY, 2 * (len(features) - 1) / 3)
     embedding = TSNE(perplexity=perplexity, init="pca" if plane else "random", random_state=seed, n_jobs=1)
     return embedding.fit_transform(features)
 
@@ -121,7 +133,8 @@ def tsne_figure(
     seed: int,
     title: str,
 ) -> Figure:
-    """Features in the plane by `tsne_points`: a colour for each class, a marker for each group.
+    """Features in the plane by `tsne_points`: a colour for each class, a marker for each group. At collapse a class is a
+    dot.
 
     Args:
         features: (N, d), N of 4 or more.
@@ -130,7 +143,7 @@ def tsne_figure(
         class_names: names of the K classes. Up to 20 classes have theirs at the sample next to their median; of more a
             colour bar tells the numbers.
         seed: of the embedding.
-        title: above the picture.
+        title: above the picture, with the number of classes there, if not all are.
     """
     points = tsne_points(features, seed=seed)
     figure = Figure(figsize=(7.6, 7), layout="constrained")
@@ -147,13 +160,14 @@ def tsne_figure(
             own = points[labels == k]
             x, y = own[np.square(own - np.median(own, axis=0)).sum(1).argmin()]
             name = label(class_names[int(k)], most=16, instead=str(k))
-            text = axes.text(x, y, name, ha="center", va="center", fontsize=10, weight="bold")
+            above: dict[str, Any] = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+            text = axes.annotate(name, (x, y), **above, fontsize=10, weight="bold")
             text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
     else:
         figure.colorbar(shades, ax=axes, label="class", shrink=0.8, aspect=40)
     for name, shape in marker.items():
         axes.scatter([], [], color="0.35", marker=shape, s=28, label=label(name))
-    head(axes, title)
+    head(axes, title if len(classes) == len(class_names) else f"{title}, {len(classes)} of {len(class_names)} classes")
     axes.set_xticks([])
     axes.set_yticks([])
     if groups:

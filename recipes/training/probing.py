@@ -21,7 +21,7 @@ from recipes.results.figures import Drawing
 from recipes.training.subject import Subject
 
 # t-SNE of more samples takes minutes, and shows no more.
-TSNE_SAMPLES = 2000
+TSNE_SAMPLES = 1000
 
 
 def chosen_images(subject: Subject) -> np.ndarray:

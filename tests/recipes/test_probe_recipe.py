@@ -263,8 +263,32 @@ def test_samples_are_taken_evenly_over_classes():
     assert np.bincount(labels[chosen], minlength=8)[[0, 1, 2, 7]].tolist() == [12, 3, 12, 12]
     assert np.array_equal(chosen, np.unique(chosen)) and np.array_equal(chosen, sample_evenly(labels, 40, seed=0))
     assert not np.array_equal(chosen, sample_evenly(labels, 40, seed=1))
-    assert sample_evenly(labels, 500, seed=0).tolist() == list(range(103))
+    assert np.bincount(labels[sample_evenly(labels, 500, seed=0)])[[0, 1, 2, 7]].tolist() == [25, 3, 20, 25]
+    assert sample_evenly(labels[50:73], 500, seed=0).tolist() == list(range(23))
     assert len(set(sample_evenly(np.arange(30), 9, seed=0))) == 9  # more classes than samples are asked for
+
+
+def test_of_many_classes_some_are_sampled():
+    counts = np.linspace(100, 30, 1000).astype(int)  # the class of number 0 is the most frequent
+    labels = np.repeat(np.arange(1000), counts)
+    chosen = labels[sample_evenly(labels, 1000, seed=0)]
+    kept, each = np.unique(chosen, return_counts=True)
+    assert len(kept) == 100 and set(each) == {10} and np.diff(kept).max() <= 11 and (kept[0], kept[-1]) == (0, 999)
+
+
+@pytest.mark.parametrize("K", [2, 10])
+def test_one_look_at_tsne_tells_collapse_from_none(K):
+    """How wide are the classes, of the picture's width?"""
+    rng, widths = np.random.default_rng(0), []
+    labels = np.repeat(np.arange(K), 100)
+    chosen = labels[sample_evenly(labels, 2000, seed=0)]
+    for spread in (1.6, 0.02):
+        features = rng.normal(size=(K, 64))[chosen] + spread * rng.normal(size=(len(chosen), 64))
+        settings = {"groups": {}, "class_names": [str(k) for k in range(K)], "seed": 0, "title": "t"}
+        shown = marks(tsne_figure(features.astype(np.float32), chosen, **settings).axes[0])
+        points = np.concatenate([points for points, *_ in shown])
+        widths.append(np.mean([points.std(0).max() for points, *_ in shown]) / points.std(0).max())
+    assert widths[1] < 0.1 and widths[0] > 2.5 * widths[1], widths
 
 
 def marks(axes):
@@ -293,12 +317,15 @@ def test_tsne_has_a_colour_for_each_class_and_a_marker_for_each_group(K):
     assert [t.get_text() for t in axes.texts] == (names if K == 4 else [])
     for text, (points, *_) in zip(axes.texts, shown, strict=False):
         away = np.square(points - np.median(points, axis=0)).sum(1)
-        assert tuple(points[away.argsort()[0]]) == pytest.approx(text.get_position())
+        assert tuple(points[away.argsort()[0]]) == pytest.approx(text.xy)
     circle = MarkerStyle("o")
     round_path = circle.get_path().transformed(circle.get_transform()).vertices
     assert np.array_equal(shown[0][1], round_path) and not np.array_equal(shown[1][1], round_path)
     assert len(figure.axes) == (1 if K == 4 else 2)  # beside it a colour bar
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["majority", "minority"]
+    assert axes.get_title(loc="left") == "t"
+    some = tsne_figure(features, labels, groups=groups, class_names=[*names, "absent"], seed=0, title="t").axes[0]
+    assert some.get_title(loc="left") == f"t, {K} of {K + 1} classes"
 
 
 @pytest.mark.parametrize("features", [np.zeros((9, 3)), np.ones((9, 1)), np.arange(9.0)[:, None]])
