@@ -8,8 +8,9 @@
     print(report)                           # report.nc1, report.as_dict(), report.groups["minority"].mean_cosine
 
 `NCProbe` reads what enters the classifier with a hook; `ClassMoments` keeps its class means and scatter; `measure`
-turns them into a `CollapseReport`. In `nc_probe.measures`, `formulas` and `pairwise` have the formulas, `geometry` the
-geometries that theory predicts, and `conventions` the papers' own variants; `nc_probe.plots` draws (needs matplotlib).
+turns them into a `CollapseReport`; `OODProbe` scores samples of no class by them. In `nc_probe.measures`, `formulas`
+and `pairwise` have the formulas, `geometry` the geometries that theory predicts, `detection` the scores, and
+`conventions` the papers' own variants; `nc_probe.plots` draws (needs matplotlib).
 """
 
 from nc_probe.hooks.heads import Head, find_head
@@ -18,6 +19,7 @@ from nc_probe.measures.agreement import Agreement
 from nc_probe.measures.conventions import CONVENTIONS
 from nc_probe.measures.geometry import ReferenceGram, orthogonal_frame, seli, simplex_etf
 from nc_probe.moments.class_moments import ClassMoments
+from nc_probe.ood import OODProbe, OODReport
 from nc_probe.probe import NCProbe
 from nc_probe.report import CollapseReport, measure
 
@@ -28,6 +30,8 @@ __all__ = [
     "CollapseReport",
     "Head",
     "NCProbe",
+    "OODProbe",
+    "OODReport",
     "ReferenceGram",
     "find_head",
     "measure",

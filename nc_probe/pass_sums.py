@@ -127,6 +127,25 @@ class PassSums:
             self._reports[sync] = self._compute(sync)
         return self._reports[sync]
 
+    def covariance(self, *, sync: bool) -> tuple[Measurement, Tensor]:
+        """Measure the features of the whole head, and find their within-class covariance (d, d), weighted as there.
+
+        Over all ranks, every one of which must call it, or of this rank.
+
+        Raises:
+            ValueError: it was not summed, or not so that it can be weighted.
+        """
+        exceeded = self.exceeded(sync=sync)
+        measurement = self._measurement(0, exceeded, sync=sync)
+        if self._deferred and not exceeded:
+            return measurement, self._within(0, measurement, sync=sync)
+        return measurement, measurement.moments.within_class_scatter(measurement.class_weights)
+
+    def exceeded(self, *, sync: bool) -> bool:
+        """Tell whether the features of some rank, or of this one, are not kept."""
+        exceeded = [int(self._cache.budget_exceeded)]
+        return any(ranks.all_reduce_max(exceeded) if sync else exceeded)
+
     def _fall_back_to_scatter(self, last: CachedBatch) -> None:
         """Discard the features kept, and `last`, and go on with the within-class scatter."""
         if self._deferred:
@@ -135,8 +154,7 @@ class PassSums:
         self._cache.discard()
 
     def _compute(self, sync: bool) -> CollapseReport:
-        exceeded = [int(self._cache.budget_exceeded)]
-        exceeded = any(ranks.all_reduce_max(exceeded) if sync else exceeded)
+        exceeded = self.exceeded(sync=sync)
         main, *heads = [self._report(i, exceeded, sync=sync) for i in range(len(self.classifiers))]
         names = [linear.name for linear in self.head.maps] if self.head and heads else []
         parts: dict[str, Any] = {"heads": dict(zip(names, heads, strict=True))}
@@ -146,21 +164,25 @@ class PassSums:
             parts[kind] = {k: measure(m, None, **settings) for k, m in places.items()}
         return dataclasses.replace(main, **parts)
 
-    def _report(self, index: int, exceeded: bool, *, sync: bool) -> CollapseReport:
-        """Make the report of a classifier; `exceeded`: the features of some rank are not kept."""
+    def _measurement(self, index: int, exceeded: bool, *, sync: bool) -> Measurement:
+        """Measure at a classifier; `exceeded`: the features of some rank are not kept."""
         stream = self.classifiers[index]
         # What another rank had to add, this one adds too.
         late = self.kept() if exceeded and self._deferred and not self._cache.budget_exceeded else None
         moments = stream.gathered(late, sync=sync)
         moments.check_counts()
         dtype = stream.features_dtype(sync=sync)
-        measurement = Measurement(moments, *stream.snapshot(), **self.settings, features_dtype=dtype)
+        return Measurement(moments, *stream.snapshot(), **self.settings, features_dtype=dtype)
+
+    def _report(self, index: int, exceeded: bool, *, sync: bool) -> CollapseReport:
+        """Make the report of a classifier; `exceeded`: the features of some rank are not kept."""
+        stream, measurement = self.classifiers[index], self._measurement(index, exceeded, sync=sync)
         looked = within = None
         if self._deferred and not exceeded:
             looked, source = self._from_cache(index, measurement, sync=sync)
             stats = looked
             assert looked.trace is not None
-            moments.trace = looked.trace
+            measurement.moments.trace = looked.trace
             if self.spectrum:
                 within = self._within(index, measurement, sync=sync)
         elif self._second_passes:

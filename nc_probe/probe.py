@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nc_probe.hooks.captures import ClassifierInputCapture, OutputCapture, iterate_captures, layer_captures
 from nc_probe.hooks.heads import count_classes, find_head, is_compiled, unwrap
 from nc_probe.hooks.streams import CaptureStream
-from nc_probe.measures.assembly import CENTERS, check_groups, finest_partition
+from nc_probe.measures.assembly import CENTERS, Measurement, check_groups, finest_partition
 from nc_probe.measures.conventions import check_conventions
 from nc_probe.measures.geometry import check_weight_decay
 from nc_probe.moments.cache import FeatureCache
@@ -161,6 +161,7 @@ class NCProbe:
 
     def __enter__(self) -> Self:
         self._register()
+        self._summing = True
         return self.reset()
 
     def __exit__(self, *exc: object) -> None:
@@ -178,12 +179,30 @@ class NCProbe:
         Raises:
             ValueError: nothing was added in a first pass; or, by `compute`, the samples were others.
         """
-        self._register()
-        try:
+        with self.attached(summing=True):
             self._sums.begin_second_pass()
+            yield self
+
+    @contextlib.contextmanager
+    def attached(self, *, summing: bool = False) -> Iterator[Self]:
+        """Hook the model for `received`; `update` is refused unless `summing`."""
+        self._register()
+        self._summing = summing
+        try:
             yield self
         finally:
             self.__exit__()
+
+    def received(self) -> Tensor:
+        """Return the features (B, d) that the classifier received in the last forward pass, and clear it.
+
+        Raises:
+            ValueError: not exactly one forward pass since the last time, or a model in training mode.
+        """
+        try:
+            return self._received()[0]
+        finally:
+            self._output.clear()
 
     @cpu_by_default()
     def update(self, labels: Tensor | Sequence[int], mask: Tensor | Sequence[bool] | None = None) -> Self:
@@ -198,7 +217,7 @@ class NCProbe:
             ValueError: not exactly one forward pass since the last update, a model in training mode, or labels, mask or
                 features that are not as they should be.
         """
-        if self._registered is None:
+        if self._registered is None or not self._summing:
             raise ValueError("update must be called inside `with NCProbe(model) as probe:`")
         try:
             self._update(as_tensor("labels", labels), None if mask is None else as_tensor("mask", mask))
@@ -221,6 +240,20 @@ class NCProbe:
         """
         return self._sums.compute(sync=sync)
 
+    def covariance(self, *, sync: bool = True) -> tuple[Measurement, Tensor]:
+        """Measure the features, and find their within-class covariance (d, d), weighted by `center`.
+
+        Every rank must call it, unless `sync=False`.
+
+        Raises:
+            ValueError: there are no samples, or the scatter of the pass cannot be weighted so.
+        """
+        return self._sums.covariance(sync=sync)
+
+    def gave_up_features(self, *, sync: bool = True) -> bool:
+        """Tell whether the features of some rank, or of this one, were too many to keep. Every rank must call it."""
+        return self._sums.exceeded(sync=sync)
+
     def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over features (B, d) and labels (B,) of this rank by batch; none if they were too many to keep."""
         return self._sums.kept()
@@ -241,7 +274,8 @@ class NCProbe:
     def _moments(self, num_features: int, *, scatter: bool = True) -> ClassMoments:
         return ClassMoments(self.num_classes, num_features, scatter=scatter, **self._pooling)
 
-    def _update(self, labels: Tensor, mask: Tensor | None) -> None:
+    def _received(self) -> tuple[Tensor, list[Tensor]]:
+        """Return features (B, d) and what may be logits of the last forward pass."""
         training = next((name for name, m in unwrap(self.model).named_modules() if m.training), None)
         if training is not None:
             raise ValueError(f"model must be in evaluation mode, but its module {training!r} trains: call model.eval()")
@@ -251,6 +285,10 @@ class NCProbe:
         if features is None or features.ndim != 2:
             shapes = [tuple(x.shape) for x in output]
             raise ValueError(f"a model without classifier must give one tensor (B, d), got tensors of shapes {shapes}")
+        return features, output
+
+    def _update(self, labels: Tensor, mask: Tensor | None) -> None:
+        features, output = self._received()
         check_samples(len(features), labels, mask)
         if mask is not None:
             features, labels = features[mask.to(features.device)], labels[mask.to(labels.device)]

@@ -73,6 +73,7 @@ NC_PROBE_FLOORS = {
     "probe": {"moments", "hooks", "measures", "report", "pass_sums"},
     "loops": {"moments", "hooks", "report", "probe"},
     "integrations": {"moments", "report", "loops"},
+    "ood": {"moments", "measures", "probe"},
 }
 
 

@@ -148,14 +148,18 @@ class Measurement:
         most = min(len(shown), self.num_present - 1)
         return formulas.between_inverse(self.centered[shown], pi, max_rank=most, magnitude=self.magnitude)
 
+    def total(self, within: Tensor) -> Tensor:
+        """Add S_B (d, d) to S_W."""
+        between = self.pi.sqrt()[:, None] * self.centered
+        return within.addmm(between.T, between)
+
     def _spectrum(self, within: Tensor | None) -> dict[str, Any]:
         """Ranks of the features of all classes; `within` is S_W, if known."""
         if within is None:
             if not self.moments.num_scatters:
                 return {}
             within = self.moments.within_class_scatter(self.class_weights)
-        between = self.pi.sqrt()[:, None] * self.centered
-        found = formulas.spectrum(within.addmm(between.T, between), self.origin, dtype=self.features_dtype)
+        found = formulas.spectrum(self.total(within), self.origin, dtype=self.features_dtype)
         return {
             "feature_rank": found.rank,
             "stable_rank": found.stable_rank,

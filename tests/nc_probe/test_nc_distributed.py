@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from nc_probe import ClassMoments, NCProbe
+from nc_probe import ClassMoments, NCProbe, OODProbe
 from timm_deq import Anderson, Equilibrium
 
 K, d, N = 5, 8, 83
@@ -80,12 +80,33 @@ CASES = [
 ]
 
 
+# What the first keeps is scored as known samples; the second keeps nothing, on the first rank or on none.
+OOD_CASES = [{}, {"cache_bytes": d * 8 * (N // 4), "spill_bytes": 0}]
+
+
 def leaves(value, path=""):
     """The numbers of a nested report by name."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if items is None:
         return {path: value}
     return {key: leaf for name, child in items for key, leaf in leaves(child, f"{path}/{name}").items()}
+
+
+def ood_report(rank, world, arguments):
+    """Samples of the classes again, and others, which the last rank alone shows."""
+    probe = probe_rank(rank, world, stripes, arguments)
+    _, x, labels = problem()
+    gen = torch.Generator().manual_seed(1)
+    unknown = 1e4 + torch.randn(21, d, generator=gen).double()
+    with torch.no_grad(), OODProbe(probe) as ood:
+        if arguments:
+            for part in x[rank::world].split(10):
+                probe.model(part)
+                ood.update_known()
+        for part in unknown.split(8) if rank == world - 1 else ():
+            probe.model(part)
+            ood.update()
+    return ood.compute().as_dict()
 
 
 def worker(rank, world, path, out):
@@ -101,6 +122,7 @@ def worker(rank, world, path, out):
     probe = probe_rank(rank, world, stripes, {"cache_bytes": 0})
     show_again(probe, rank, world)
     reports.append(probe.compute().as_dict(per_class=True))
+    ood = [ood_report(rank, world, arguments) for arguments in OOD_CASES]
     alone = probe_rank(rank, world, stripes, {}).compute(sync=False).samples
 
     _, x, labels = problem()
@@ -114,7 +136,7 @@ def worker(rank, world, path, out):
         moments.sync()
     except ValueError as error:
         told = str(error)
-    torch.save({"reports": reports, "alone": alone, "told": told, "two": two.count}, f"{out}/{rank}.pt")
+    torch.save({"reports": reports, "ood": ood, "alone": alone, "told": told, "two": two.count}, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -136,6 +158,14 @@ def test_ranks_report_what_one_does(tmp_path, world):
         assert all(rank["reports"][i] == expected for rank in ranks), f"case {i}, to the last bit"
     assert sum(rank["alone"] for rank in ranks) == N and max(rank["alone"] for rank in ranks) == -(-N // world)
     assert {rank["told"] for rank in ranks} == {"features must be finite, got NaN or infinity in batch 3"}
+    for i, arguments in enumerate(OOD_CASES):
+        expected = ood_report(0, 1, arguments | ({"cache_bytes": 0} if arguments else {}))
+        assert (expected["known"], expected["unknown"]) == (N, 21) and 0.5 < expected["auroc"]["mahalanobis"] < 1
+        for got in (rank["ood"][i] for rank in ranks):
+            assert got == ranks[0]["ood"][i], "to the last bit"
+            got, known = leaves(got), leaves(expected)
+            assert {k: v for k, v in got.items() if not isinstance(v, float)}.items() <= known.items()
+            assert all(v == pytest.approx(known[k], rel=1e-10) for k, v in got.items() if isinstance(v, float))
     first = torch.bincount(torch.cat([problem()[2][rank::world] for rank in (0, 1)]), minlength=K)
     assert all(torch.equal(rank["two"], first) for rank in ranks[:2])
     for (_, arguments), got in zip([*CASES, (stripes, {})], ranks[0]["reports"], strict=True):
