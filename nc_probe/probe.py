@@ -1,16 +1,17 @@
 """NCProbe: measures the collapse of a model while it is evaluated."""
 
 import contextlib
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from nc_probe.hooks.captures import ClassifierInputCapture, OutputCapture, iterate_captures, layer_captures
-from nc_probe.hooks.heads import count_classes, find_head, is_compiled, unwrap
+from nc_probe.hooks.captures import iterate_captures, layer_captures
+from nc_probe.hooks.heads import count_classes, find_head, unwrap
+from nc_probe.hooks.hooked import HookedModel, warn_of_other_logits
 from nc_probe.hooks.streams import CaptureStream
+from nc_probe.hooks.tokens import check_shift, counted, token_samples
 from nc_probe.measures.assembly import CENTERS, Measurement, check_groups, finest_partition
 from nc_probe.measures.conventions import check_conventions
 from nc_probe.measures.geometry import check_weight_decay
@@ -23,8 +24,8 @@ from nc_probe.report import CollapseReport
 
 __all__ = ["NCProbe"]
 
-# Largest difference, relative to the largest logit, between weight @ feature + bias and what the model gave.
-LINEAR_ERROR = {torch.float64: 1e-2, torch.float32: 1e-2, torch.bfloat16: 0.1, torch.float16: 0.1}
+# Logits, those of the first samples, on which it is made sure that they are linear in the features: 128 MiB of float64.
+LOGITS = 2**24
 
 
 class NCProbe:
@@ -88,6 +89,10 @@ class NCProbe:
         cache_dtype: to keep features in. Default: their own. float16 and bfloat16 halve float32, and round: NC4 is then
             that of the rounded features, and NC1 comes from the scatter.
 
+        ignore_index: label of what is not to be counted, -100 most often: padding, tokens without a class.
+        shift_labels: of tokens, whether the feature at t has the label at t + 1, as where the labels of a causal
+            language model are its inputs. Must be said for those of transformers.
+
     Raises:
         ValueError: no linear classifier found, or a bad argument.
     """
@@ -110,11 +115,14 @@ class NCProbe:
         cache_bytes: int = 2**30,
         spill_bytes: int = 2**34,
         cache_dtype: torch.dtype | None = None,
+        ignore_index: int | None = None,
+        shift_labels: bool | None = None,
     ) -> None:
         if center not in CENTERS:
             raise ValueError(f"center must be one of {CENTERS}, got {center!r}")
         self.model, self.center = model, center
         self.conventions = check_conventions(conventions)
+        self.ignore_index, self._shift = ignore_index, check_shift(model, shift_labels, ignore_index)
         self.head = find_head(model, name=head)
         self.num_classes = K = count_classes(self.head, num_classes)
         self.groups = {name: classes.tolist() for name, classes in check_groups(groups, K).items()}
@@ -143,32 +151,25 @@ class NCProbe:
             },
             spectrum=spectrum,
         )
-        self._input = None if self.head is None else ClassifierInputCapture(self.head)
-        inner = [self._input, *(stream.capture for stream in self._sums.captures)]
-        self._output = OutputCapture(model, [capture for capture in inner if capture is not None])
-        self._registered: contextlib.ExitStack | None = None
+        self._hooked = HookedModel(model, self.head, [stream.capture for stream in self._sums.captures], K)
         self.reset()
 
     @cpu_by_default()
     def reset(self) -> Self:
         """Start a new pass: drop every sample, and any forward pass not yet used."""
         self._sums.reset()
+        self._hooked.restart()
         self.linear_error: float | None = None
-        self._compared = False
-        self._versions: list[int] | None = None
-        self._output.clear()
+        self._compared = self._ignored = False
         return self
 
     def __enter__(self) -> Self:
-        self._register()
+        self._hooked.attach()
         self._summing = True
         return self.reset()
 
     def __exit__(self, *exc: object) -> None:
-        assert self._registered is not None
-        self._registered.close()
-        self._registered = None
-        self._output.clear()
+        self._hooked.detach()
         if exc[:1] == (None,):
             self._sums.end()
 
@@ -186,12 +187,12 @@ class NCProbe:
     @contextlib.contextmanager
     def attached(self, *, summing: bool = False) -> Iterator[Self]:
         """Hook the model for `received`; `update` is refused unless `summing`."""
-        self._register()
+        self._hooked.attach()
         self._summing = summing
         try:
             yield self
         finally:
-            self.__exit__()
+            self._hooked.detach()
 
     def received(self) -> Tensor:
         """Return the features (B, d) that the classifier received in the last forward pass, and clear it.
@@ -199,10 +200,7 @@ class NCProbe:
         Raises:
             ValueError: not exactly one forward pass since the last time, or a model in training mode.
         """
-        try:
-            return self._received()[0]
-        finally:
-            self._output.clear()
+        return self._hooked.pop()[0]
 
     @cpu_by_default()
     def update(self, labels: Tensor | Sequence[int], mask: Tensor | Sequence[bool] | None = None) -> Self:
@@ -210,19 +208,21 @@ class NCProbe:
 
         Args:
             labels: (B,) integers in 0..K-1: a tensor, a NumPy array or a list. On the CPU they are checked at once, on
-                an accelerator by `compute`.
-            mask: (B,) bool, False for a sample that is not to be counted (a duplicate that pads the last batch).
+                an accelerator by `compute`. Of a classifier of tokens, which receives (B, T, d), they are (B, T), and
+                each token is a sample.
+            mask: (B,) bool, False for a sample that is not to be counted (a duplicate that pads the last batch); of
+                tokens (B, T), or (B,) for whole sequences.
 
         Raises:
             ValueError: not exactly one forward pass since the last update, a model in training mode, or labels, mask or
                 features that are not as they should be.
         """
-        if self._registered is None or not self._summing:
+        if not (self._hooked.attached and self._summing):
             raise ValueError("update must be called inside `with NCProbe(model) as probe:`")
         try:
             self._update(as_tensor("labels", labels), None if mask is None else as_tensor("mask", mask))
         finally:
-            self._output.clear()
+            self._hooked.clear()
         return self
 
     @cpu_by_default()
@@ -238,7 +238,12 @@ class NCProbe:
         Raises:
             ValueError: nothing was added, or something bad on an accelerator, or `class_counts` is not what was seen.
         """
-        return self._sums.compute(sync=sync)
+        try:
+            return self._sums.compute(sync=sync)
+        except ValueError as error:
+            if self._ignored and "at least one sample" in str(error):
+                raise ValueError(f"{error}; every label was ignore_index={self.ignore_index}") from None
+            raise
 
     def covariance(self, *, sync: bool = True) -> tuple[Measurement, Tensor]:
         """Measure the features, and find their within-class covariance (d, d), weighted by `center`.
@@ -258,73 +263,25 @@ class NCProbe:
         """Iterate over features (B, d) and labels (B,) of this rank by batch; none if they were too many to keep."""
         return self._sums.kept()
 
-    def _register(self) -> None:
-        if self._registered is not None:
-            raise ValueError("the probe is already attached: enter it once")
-        self._output.clear()
-        if self.head is not None:
-            self.head.check(self.model)
-        with contextlib.ExitStack() as stack:
-            if is_compiled(self.model):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            for handle in self._output.register():
-                stack.callback(handle.remove)
-            self._registered = stack.pop_all()
-
     def _moments(self, num_features: int, *, scatter: bool = True) -> ClassMoments:
         return ClassMoments(self.num_classes, num_features, scatter=scatter, **self._pooling)
 
-    def _received(self) -> tuple[Tensor, list[Tensor]]:
-        """Return features (B, d) and what may be logits of the last forward pass."""
-        training = next((name for name, m in unwrap(self.model).named_modules() if m.training), None)
-        if training is not None:
-            raise ValueError(f"model must be in evaluation mode, but its module {training!r} trains: call model.eval()")
-        self._check_weights()
-        output = self._output.pop()
-        features = (output[0] if len(output) == 1 else None) if self._input is None else self._input.pop()
-        if features is None or features.ndim != 2:
-            shapes = [tuple(x.shape) for x in output]
-            raise ValueError(f"a model without classifier must give one tensor (B, d), got tensors of shapes {shapes}")
-        return features, output
-
     def _update(self, labels: Tensor, mask: Tensor | None) -> None:
-        features, output = self._received()
+        tokens = labels.ndim > 1
+        if tokens and self._sums.captures:
+            raise ValueError("labels must be (B,) where layers or iterates are measured, which are pooled over tokens")
+        features, output = self._hooked.pop(tokens=tokens)
+        if tokens:
+            features, labels, mask, output = token_samples(features, labels, mask, output, shift=self._shift)
         check_samples(len(features), labels, mask)
+        mask = counted(labels, mask, self.ignore_index)
         if mask is not None:
             features, labels = features[mask.to(features.device)], labels[mask.to(labels.device)]
-            output = [x[mask.to(x.device)] for x in output]
+            output = [x[mask.to(x.device)] for x in output if len(x) == len(mask)]
+            self._ignored |= self.ignore_index is not None and not len(labels)
         self._sums.add(features, labels, mask, output)
-        if self._input is not None and not self._compared and len(features):
+        if self.head is not None and not self._compared and len(features):
             self._compared = True
-            self._check_linear(features, output)
-
-    def _check_weights(self) -> None:
-        """Warn, once a pass, where the weights are not those of the first update: features are then of two models."""
-        parameters = unwrap(self.model).parameters()
-        versions = [0 if parameter.is_inference() else parameter._version for parameter in parameters]
-        if self._versions is None:
-            self._versions = versions
-        elif self._versions not in ([], versions):
-            self._versions = []  # told
-            warnings.warn(
-                "the model's weights were changed between two updates of one pass: its features are of different "
-                "models. Call reset() where a pass begins",
-                stacklevel=4,
-            )
-
-    def _check_linear(self, features: Tensor, output: Sequence[Tensor]) -> None:
-        """Warn, once a pass, where the model does not give weight @ feature + bias."""
-        assert self.head is not None
-        self.linear_error = self._sums.classifiers[0].linear_error(features, output)
-        if self.linear_error is None:
-            shapes = [tuple(x.shape) for x in output]
-            what = f"could not be compared with what the model gives, tensors of shapes {shapes}"
-        elif self.linear_error > max(LINEAR_ERROR[x.dtype] for x in output):
-            what = f"is not what the model gives, from which it differs by {self.linear_error:.2g} of the largest logit"
-        else:
-            return
-        warnings.warn(
-            f"weight @ feature + bias of {self.head.name!r} {what}: accuracy and NC4 are those of the linear map. If "
-            "another layer is the classifier, name it with head='...'",
-            stacklevel=4,
-        )
+            few = max(LOGITS // self.num_classes, 1)
+            self.linear_error = self._sums.classifiers[0].linear_error(features[:few], [x[:few] for x in output])
+            warn_of_other_logits(self.head, self.linear_error, output)

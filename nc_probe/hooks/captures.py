@@ -65,8 +65,8 @@ class ClassifierInputCapture(Capture):
         modules = dict.fromkeys(linear.module for linear in self.head.maps)
         return [module.register_forward_pre_hook(self._capture, with_kwargs=True) for module in modules]
 
-    def pop(self) -> Tensor:
-        """Return the features (B, d) of all maps side by side, and clear them.
+    def pop(self, *, tokens: bool = False) -> Tensor:
+        """Return the features (B, d) of all maps side by side, or with `tokens` (B, T, d), and clear them.
 
         Raises:
             ValueError: there was not exactly one call of each map, or one did not receive a vector a sample.
@@ -80,8 +80,8 @@ class ClassifierInputCapture(Capture):
                     f"update must follow exactly one forward pass of the model, got {passes} through its classifier "
                     f"{linear.name!r} since the last update"
                 )
-        features = [linear.feature(captured[linear.module][0]) for linear in self.head.maps]
-        return features[0] if len(features) == 1 else torch.cat(features, 1)
+        features = [linear.feature(captured[linear.module][0], tokens=tokens) for linear in self.head.maps]
+        return features[0] if len(features) == 1 else torch.cat(features, -1)
 
     def clear(self) -> None:
         self._captured: dict[nn.Module, list[Tensor]] = {}
@@ -98,10 +98,11 @@ class OutputCapture(Capture):
     Args:
         model: wrapped or not.
         inner: captures inside the model, which are cleared as a pass begins: one that raised midway leaves nothing.
+        num_classes: K, by which logits (B, T, K) of tokens are known among other outputs.
     """
 
-    def __init__(self, model: nn.Module, inner: Sequence[Capture] = ()) -> None:
-        self.model, self.inner = unwrap(model), inner
+    def __init__(self, model: nn.Module, inner: Sequence[Capture] = (), *, num_classes: int | None = None) -> None:
+        self.model, self.inner, self.num_classes = unwrap(model), inner, num_classes
         super().__init__()
 
     def register(self) -> list[RemovableHandle]:
@@ -140,7 +141,7 @@ class OutputCapture(Capture):
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for capture in self.inner:
             capture.recording = False
-        self._output = [x.detach().clone() for x in _logits(output)]
+        self._output = [x.detach().clone() for x in _logits(output, self.num_classes)]
         self._passes += 1
 
 
@@ -243,14 +244,15 @@ class IterateCapture(Capture):
             self._solves += 1
 
 
-def _logits(output: Any) -> list[Tensor]:
-    """Find the tensors in an output that may be its logits: the one of that name, or all (B, K)."""
+def _logits(output: Any, num_classes: int | None) -> list[Tensor]:
+    """Find the tensors in an output that may be its logits: the one of that name, or all (B, K) and (B, T, K)."""
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(output, Tensor):
         return [output]
     if isinstance(named, Tensor):
         return [named]
-    return [x for x in tensors(output) if x.ndim == 2 and x.is_floating_point()]
+    found = [x for x in tensors(output) if x.is_floating_point()]
+    return [x for x in found if x.ndim == 2 or (x.ndim == 3 and x.shape[2] == num_classes)]
 
 
 def layer_captures(model: nn.Module, layers: str | Sequence[str]) -> list[LayerCapture]:

@@ -1,8 +1,8 @@
 """Finds the linear map that ends a classifier, in models that this package knows nothing about.
 
-What is looked for, in this order: what the caller names; timm's `get_classifier()`; an attribute `fc`, `classifier`
-or `head` (torchvision, transformers), or the last linear map in it; the last linear map of the model. A linear map is
-an `nn.Linear`, or an `nn.Conv2d` with a 1 x 1 kernel, which some models apply to their pooled features.
+What is looked for, in this order: what the caller names; timm's `get_classifier()`; an attribute `fc`, `classifier`,
+`head` or `lm_head` (torchvision, transformers), or the last linear map in it; the last linear map of the model. A
+linear map is an `nn.Linear`, or an `nn.Conv2d` with a 1 x 1 kernel, which some models apply to their pooled features.
 
 Some models have several heads and give the mean of their logits: one for each of a vision transformer's branches
 (CrossViT), or one for the labels and one for a teacher (distillation: DeiT, LeViT, RepViT, where `head_dist` stands
@@ -53,19 +53,28 @@ class LinearMap(NamedTuple):
         """(K,)"""
         return None if self.module.bias is None else _whole(self.module.bias)
 
-    def feature(self, received: Tensor) -> Tensor:
-        """(B, d) out of what the module received.
+    def feature(self, received: Tensor, *, tokens: bool = False) -> Tensor:
+        """(B, d) out of what the module received, or with `tokens` (B, T, d).
 
         Raises:
-            ValueError: it received one vector for each of several places, not for each sample.
+            ValueError: it received one vector for each of several places, not for each sample, or the other way round.
         """
         feature = received.detach()
+        if tokens:
+            if feature.ndim != 3:
+                raise ValueError(
+                    f"labels must have shape ({len(feature)},) as the batch has, got (B, T), which is for tokens "
+                    f"(B, T, d): the classifier {self.name!r} received {tuple(received.shape)}"
+                )
+            return feature
         if self.token and feature.ndim == 3:
             feature = feature[:, 0]
         elif feature.ndim > 2 and feature.shape[2:].numel() == 1:
             feature = feature.flatten(1)
         if feature.ndim != 2:
-            raise ValueError(f"the classifier {self.name!r} must receive (B, d), got {tuple(received.shape)}")
+            raise ValueError(
+                f"the classifier {self.name!r} must receive (B, d) where labels are (B,), got {tuple(received.shape)}"
+            )
         return feature
 
 
@@ -151,7 +160,7 @@ def find_head(model: nn.Module, *, name: str | Sequence[str] | None = None) -> H
         found = list(_parts(model.get_classifier()))  # pyright: ignore[reportCallIssue]
         return None if all(isinstance(part, nn.Identity) for part in found) else _head(model, found)
     pair = next((pair for pair in PAIRS if all(isinstance(getattr(model, n, None), nn.Module) for n in pair)), None)
-    name = next((n for n in ("fc", "classifier", "head") if n in modules), "")
+    name = next((n for n in ("fc", "classifier", "head", "lm_head") if n in modules), "")
     return _head(model, [modules[n] for n in pair or (name,)])
 
 
