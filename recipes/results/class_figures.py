@@ -133,8 +133,9 @@ def tsne_figure(
     seed: int,
     title: str,
 ) -> Figure:
-    """Features in the plane by `tsne_points`: a colour for each class, a marker for each group. At collapse a class is a
-    dot.
+    """Features in the plane by `tsne_points`: a colour for each class, a marker for each group.
+
+    At collapse a class is a dot.
 
     Args:
         features: (N, d), N of 4 or more.

@@ -32,17 +32,22 @@ Drawing = Callable[[], Figure]
 """A figure yet to be drawn."""
 
 
-def save_figures(folder: Path, figures: Mapping[str, Drawing], *, dpi: int = 150, **settings: Any) -> None:
-    """Draw figures, by name, into a folder, each as NAME.png, complete or absent.
+FORMATS = ("png", "svg", "pdf")
+
+
+def save_figures(
+    folder: Path, figures: Mapping[str, Drawing], *, format: str = "png", dpi: int = 150, **settings: Any
+) -> None:
+    """Draw figures, by name, into a folder, each as NAME.png or of another of the FORMATS, complete or absent.
 
     One that fails is left out with a warning, as the numbers that it shows are on the disk before. `settings` are those
     of matplotlib's `savefig`.
     """
     for name, draw in figures.items():
-        path, draft = folder / f"{name}.png", folder / f".{name}.png.draft"
+        path, draft = folder / f"{name}.{format}", folder / f".{name}.{format}.draft"
         try:
             folder.mkdir(exist_ok=True)
-            draw().savefig(draft, format="png", dpi=dpi, **settings)
+            draw().savefig(draft, format=format, dpi=dpi, **settings)
             os.replace(draft, path)
         except Exception as error:
             if sys.flags.dev_mode:

@@ -2,8 +2,11 @@
 
 import argparse
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+import yaml
 
 from recipes.errors import UserError
 
@@ -36,8 +39,49 @@ class Parser(argparse.ArgumentParser):
             "--output", type=os.path.expanduser, help="folder to create; one that exists is never touched"
         )
 
+    def add_model_args(self) -> None:
+        """Add --model_args.NAME VALUE, which `read_args` takes."""
+        text = "an argument of the model, as in recipes/train.py: --model_args.img_size 64"
+        self.add_argument("--model_args.NAME", dest="model_args", metavar="VALUE", help=text)
+
+    def read_args(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Read a command line in which there may be --model_args.NAME VALUE.
+
+        Raises:
+            UserError: an unknown flag, or a value of the wrong type.
+        """
+        words, rest, found = list(sys.argv[1:] if argv is None else argv), [], {}
+        while words:
+            word = words.pop(0)
+            flag, given, value = word.partition("=")
+            prefix, _, name = flag.partition(".")
+            if prefix != "--model_args":
+                rest.append(word)
+            elif not name or not (given or words):
+                self.error(f"{flag} must be --model_args.NAME VALUE")
+            else:
+                found[name] = _value(flag, value if given else words.pop(0))
+        args = self.parse_args(rest)
+        args.model_args = found
+        return args
+
     def add_images(self) -> None:
         """Add the flags IMAGE_FLAGS; those that are not given are not in the result."""
         group = self.add_argument_group("images", "for a run folder those of the run, else as in recipes/train.py")
         for name, (kind, text) in IMAGE_FLAGS.items():
             group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
+
+
+def _value(flag: str, text: str) -> Any:
+    """Read a value as YAML does, and 1e-3 as a number, which YAML 1.1 does not.
+
+    Raises:
+        UserError: it is not YAML.
+    """
+    try:
+        value = yaml.safe_load(text)
+        return float(value) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        raise UserError(f"{flag} is {text!r}; allowed: a value in YAML") from error
+    except ValueError:
+        return text

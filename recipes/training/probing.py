@@ -1,5 +1,6 @@
 """The neural collapse of a trained model on a split of images."""
 
+import argparse
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nc_probe import CollapseReport, NCProbe
-from nc_probe.plots import plot_angles, plot_depth, plot_grams, plot_iterates
+from nc_probe.plots import plot_angles, plot_classes, plot_compare, plot_depth, plot_grams, plot_iterates
 from recipes.errors import UserError, user_errors
 from recipes.images.views import ImageView
 from recipes.imbalance.profiles import Groups, two_group
@@ -151,8 +152,41 @@ def sample_features(
     return (found[:, :-1], labels[chosen]) if found[:, -1].all() else None
 
 
+def load_other(subject: Subject) -> Subject:
+    """Load the model that --compare names, to be measured as the subject is, whose model is loaded.
+
+    Raises:
+        UserError: a model that cannot be had, or one of other classes.
+    """
+    own = {"model": subject.args.compare, "layers": (), "iterates": False, "head": None, "model_args": {}}
+    other = Subject(argparse.Namespace(**{**vars(subject.args), **own}), subject.args.split)
+    other.load_model(classifier=not other.args.no_classifier)
+    if {*other.images.class_names} != {*subject.images.class_names}:
+        raise UserError(
+            f"compare is {other.name!r}, of other classes than {subject.name!r}; allowed: a model of the same"
+        )
+    return other
+
+
+def measure_other(other: Subject, subject: Subject, groups: Groups) -> CollapseReport:
+    """Measure the features of another model of the same classes, which may have other numbers, and of the same groups.
+
+    Raises:
+        UserError: features that cannot be measured.
+    """
+    names, numbers = subject.images.class_names, {name: k for k, name in enumerate(other.images.class_names)}
+    groups = {group: [numbers[names[k]] for k in classes] for group, classes in groups.items()}
+    indices = chosen_images(other)
+    loader = other.loader(indices)
+    return measure(other, create_probe(other, indices, groups), loader)
+
+
 def figures(
-    subject: Subject, report: CollapseReport, sample: tuple[np.ndarray, np.ndarray] | None, groups: Groups
+    subject: Subject,
+    report: CollapseReport,
+    sample: tuple[np.ndarray, np.ndarray] | None,
+    groups: Groups,
+    compared: CollapseReport | None = None,
 ) -> dict[str, Drawing]:
     """Figures of what was measured, by name, yet to be drawn; none of what was not."""
     order, title = "group" if groups else "frequency", subject.title
@@ -161,6 +195,10 @@ def figures(
     found: dict[str, Drawing] = {"gram": partial(plot_grams, report, **grams)}
     if len(report.classes) > 1:
         found["angles"] = partial(plot_angles, report, title=f"{title}: angles between classes")
+    found["classes"] = partial(plot_classes, report, class_names=names, title=f"{title}: classes by frequency")
+    if compared is not None:
+        labels = subject.name, subject.args.compare
+        found["compare"] = partial(plot_compare, report, compared, labels=labels, title=f"{title}, beside another")
     if report.layers:
         found["depth"] = partial(plot_depth, report, title=f"{title}: collapse against depth")
     if report.iterates:

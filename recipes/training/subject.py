@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import set_seed
 from timm.data.model_config import resolve_input_data_config
 from torch.utils.data import DataLoader
@@ -56,6 +57,7 @@ class Subject:
     def __init__(self, args: argparse.Namespace, split: str | None):
         self.args, self.name = args, args.model
         self.config, self.manifest, self.folder = read_settings(args)
+        self.model_args: dict[str, Any] = getattr(args, "model_args", {})
         self.split = split or self.config.train_split
         self.accelerator = start_accelerator()
         other = "dataset" in args and getattr(args, "no_classifier", False)  # whose classes the model need not know
@@ -82,7 +84,7 @@ class Subject:
             UserError: a model that cannot be loaded, or one of other classes.
         """
         set_seed(self.config.seed)
-        net = open_model(self.config, self.folder, self.num_classes)
+        net = open_model(self.config, self.folder, self.num_classes, self.model_args)
         if not classifier:
             net.reset_classifier(0)
         elif self.known is None:
@@ -109,6 +111,18 @@ class Subject:
         elif self.config.pretrained:
             self.accelerator.print("note: the model does not store these names of classes, which are taken by number")
 
+    @torch.no_grad()
+    def _try_forward(self, size: tuple[int, ...]) -> None:
+        """Show one black image (C, H, W) to the model.
+
+        Raises:
+            UserError: the model does not take images of this size.
+        """
+        image = torch.zeros(1, *size, device=self.accelerator.device)
+        with user_errors(Exception, what=f"model {self.name!r} fails on an image of {' x '.join(map(str, size))}: "):
+            with self.accelerator.autocast():
+                self.net(image)
+
     def usable(self, rows: np.ndarray) -> np.ndarray:
         """Rows of the split that can be decoded, where `skip_corrupt` allows others, which are listed.
 
@@ -128,8 +142,10 @@ class Subject:
 
     def loader(self, indices: np.ndarray) -> DataLoader:
         """Batches of this rank of some rows of the split, every image once over all ranks; needs the model."""
-        data_config = resolve_input_data_config(self.net, self.config.only("img_size"))
+        size = getattr(self.args, "img_size", self.model_args.get("img_size", self.config.img_size))
         with user_errors():
+            data_config = resolve_input_data_config(self.net, {"img_size": size})
+            self._try_forward(data_config["input_size"])
             channels = data_config["input_size"][0]
             view = ImageView(self.images, indices, eval_transform(data_config), channels=channels)
         return eval_loader(
@@ -153,16 +169,17 @@ def read_settings(args: argparse.Namespace) -> tuple[TrainConfig, Manifest | Non
     folder = run_folder(args.model)
     if folder is None:
         pretrained = args.pretrained or ":" in args.model
+        given["model_args"] = getattr(args, "model_args", {})
         return TrainConfig(output=".", model=args.model, pretrained=pretrained, **given), None, None
     config = read_config(folder)
     return replace(config, model=args.model, **given), Manifest.load(folder / "manifest.json"), folder
 
 
-def open_model(config: TrainConfig, folder: Path | None, num_classes: int) -> Any:
-    """Load the model of a run, whose folder is given, or create one of timm: of `num_classes` if its weights are
-    random."""
+def open_model(config: TrainConfig, folder: Path | None, num_classes: int, model_args: Mapping[str, Any]) -> Any:
+    """Load the model of a run, whose folder is given, with some other arguments; or create one of timm, of
+    `num_classes` if its weights are random."""
     if folder is not None:
-        return load_run(folder)
+        return load_run(folder, model_args)
     return create_model(config, None if config.pretrained else num_classes)
 
 
@@ -200,12 +217,15 @@ def open_split(
     return images, np.array(manifest.test, dtype=np.int64)
 
 
-def save_results(folder: Path, name: str, results: Mapping[str, Any], figures: Mapping[str, Drawing]) -> None:
+def save_results(
+    folder: Path, name: str, results: Mapping[str, Any], figures: Mapping[str, Drawing], *, format: str = "png"
+) -> None:
     """Write results as JSON into a folder, which is complete or absent, then draw figures beside them.
 
     Args:
         name: of the JSON file.
+        format: of the figures.
     """
     with whole_folder(folder) as draft:
         write_text(draft / name, to_json(results, indent=2))
-    save_figures(folder, figures)
+    save_figures(folder, figures, format=format)

@@ -50,7 +50,7 @@ def test_names_of_any_kind_are_drawn(run, tmp_path, capsys):
     assert pictures(tmp_path / "e") == {"confusion", "reliability", "anytime"}
     groups = ["--groups", r"$\frac$=0-1", "_few=2-3"]
     assert probe.main([str(run), *groups, "--iterates", "--layers", "stages", "--output", str(tmp_path / "p")]) == 0
-    assert pictures(tmp_path / "p") == {"gram", "angles", "depth", "iterates", "tsne"}
+    assert pictures(tmp_path / "p") == {"gram", "angles", "classes", "depth", "iterates", "tsne"}
     assert "warning" not in capsys.readouterr().err
 
 

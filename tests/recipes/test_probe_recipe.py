@@ -102,7 +102,7 @@ def test_a_run_is_measured_on_the_images_that_it_chose(images, run, tmp_path, ca
     assert set(measured["conventions"]) == {"papyan2020", "fang2021"}
 
     assert {path.name for path in out.iterdir()} == {"collapse.json"} | {
-        f"{name}.png" for name in ("gram", "angles", "depth", "iterates", "tsne")
+        f"{name}.png" for name in ("gram", "angles", "classes", "depth", "iterates", "tsne")
     }
     assert [path.name for path in out.parent.iterdir()] == ["x"]
     for path in out.glob("*.png"):
@@ -173,6 +173,7 @@ def test_any_model_any_split_and_groups_by_flags(images, tmp_path):
         "collapse.json",
         "gram.png",
         "angles.png",
+        "classes.png",
         "depth.png",
     }
 
@@ -189,6 +190,65 @@ def test_features_of_a_model_of_other_classes(images, tmp_path, capsys):
     assert measured["nc1"] > 0 and measured["nc3"] is None and measured["accuracy"] is None
     assert results["settings"]["groups"] == {"majority": [0, 3], "minority": [1, 2, 4]}
     assert sum(measured["class_count"]) == results["images"] == 80
+
+
+def test_a_vision_transformer_at_another_image_size(images, tmp_path, capsys):
+    words = f"test_vit --dataset {images} --split test --no-tsne".split()
+    size = ["--model_args.img_size", "32", "--model_args.global_pool=avg", "--model_args.init_values", "1e-1"]
+    assert main([*words, *size, "--output", str(tmp_path / "x")]) == 0
+    results = collapse(tmp_path / "x")
+    assert results["settings"]["model_args"] == {"img_size": 32, "global_pool": "avg", "init_values": 0.1}
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit", num_classes=5, img_size=32, global_pool="avg", init_values=0.1).eval()
+    net.pretrained_cfg["input_size"] = (3, 32, 32)
+    x, labels = pixels(net, datasets.load_from_disk(str(images))["test"])
+    assert x.shape[-1] == 32
+    with torch.no_grad():
+        features = net.forward_head(net.forward_features(x), pre_logits=True)
+    assert results["collapse"]["nc1"] == pytest.approx(nc1(features, labels), rel=1e-3)
+    capsys.readouterr()
+    for wrong, message in (
+        (["--model_args.img_siz", "32"], "model 'test_vit' has no argument 'img_siz' (did you mean 'img_size'?)"),
+        (
+            [*size, "--model_args.dynamic_img_size", "0", "--img_size", "64"],
+            "(64, 64), but the model requires (32, 32)",
+        ),
+        (["--img_size", "30"], "model 'test_vit' fails on an image of 3 x 30 x 30: "),
+        (["--model_args.img_size", "[3"], "--model_args.img_size is '[3'; allowed: a value in YAML"),
+        (["--model_args.img_size"], "--model_args.img_size must be --model_args.NAME VALUE"),
+        (["--model_args", "32"], "--model_args must be --model_args.NAME VALUE"),
+    ):
+        assert main([*words, *wrong]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_two_models_beside_each_other(images, run, tmp_path, capsys):
+    """The second knows the same classes in another order, by their names; else it is the first."""
+    torch.manual_seed(0)
+    net = timm.create_model("test_resnet", num_classes=5)
+    save_for_hf(net, str(tmp_path / "a"), model_config={"label_names": list("abcde")}, safe_serialization=True)
+    order = [3, 1, 4, 0, 2]
+    net.fc.weight.data, net.fc.bias.data = net.fc.weight.data[order], net.fc.bias.data[order]
+    names = ["abcde"[k] for k in order]
+    save_for_hf(net, str(tmp_path / "b"), model_config={"label_names": names}, safe_serialization=True)
+    words = f"local-dir:{tmp_path / 'a'} --compare local-dir:{tmp_path / 'b'} --dataset {images} --img_size 32".split()
+    words += "--groups x=0,2-3 y=4 --layers layer1 --no-tsne --format svg --output".split()
+    assert main([*words, str(tmp_path / "x")]) == 0
+    results = collapse(tmp_path / "x")
+    one, two = results["collapse"], results["compared"]["collapse"]
+    assert two["layers"] == {} and one["layers"].keys() == {"layer1"} and results["compared"]["model"] == words[2]
+    for key in ("nc1", "nc3", "accuracy"):
+        assert two[key] == pytest.approx(one[key]) and two["groups"]["x"][key] == pytest.approx(one["groups"]["x"][key])
+    assert two["groups"]["x"]["classes"] == [0, 3, 4] and two["groups"]["y"]["classes"] == [2]
+    pictures = [*(tmp_path / "x").glob("*.*g")]
+    assert {path.stem for path in pictures} == {"gram", "angles", "classes", "compare", "depth"}
+    assert all(path.suffix == ".svg" and path.read_bytes().startswith(b"<?xml") for path in pictures)
+    assert f"compared with {words[2]}:\n" in capsys.readouterr().out
+    assert main([str(run), "--compare", "test_resnet", "--output", str(tmp_path / "y")]) == 2  # of all ten digits
+    err = capsys.readouterr().err
+    assert err == f"error: compare is 'test_resnet', of other classes than {str(run)!r}; allowed: a model of the same\n"
+    assert not (tmp_path / "y").exists()
 
 
 def test_images_shown_twice_or_features_dropped(run, images, tmp_path):
@@ -235,6 +295,8 @@ def test_a_run_on_other_images_is_measured_on_all_of_them(run, images, tmp_path,
         ("test_resnet --groups a=1 --majority 2", "groups is ['a=1'] and majority is [2]; allowed: one of them"),
         ("test_resnet --cache-mib -1", "cache_bytes must be at least 0, got -1048576"),
         ("test_resnet --cache-mib 9 --second-pass", "cache-mib is 9; allowed: not given with second-pass"),
+        ("test_resnet --format jpg", "format is 'jpg'; allowed: one of png, svg, pdf"),
+        ("test_resnet --compare nothing", "model 'nothing' is unknown"),
         ("test_resnet --split validation", "split 'validation' is not in the data set; allowed: 'train', 'test'"),
         ("recipes", "model 'recipes' has no config.yaml; allowed: a folder in which recipes/train.py has run"),
         ("test_resnet --output {run}", "exists; allowed: a folder that does not"),
