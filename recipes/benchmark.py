@@ -1,10 +1,13 @@
 """Measure this package against its peers, on the same inputs, in one run.
 
-    python recipes/benchmark.py [solvers] [probe] [pipeline] [presets] [--device cuda] [--json FILE] [--figures FOLDER]
+    python recipes/benchmark.py [solvers] [layer] [probe] [pipeline] [presets] [--device cuda]
+        [--json FILE] [--figures FOLDER]
 
 prints the machine and the versions, and Markdown tables, a ratio below 1 being in our favour:
 
 * `solvers`: fixed-point solvers against TorchDEQ. A minute or two on two CPU cores; see recipes/benchmarks/solvers.py.
+* `layer`: solve and backward pass of a cell and of a model against TorchDEQ and the explicit twin, by gradient, dtype
+  and layout. Two minutes on two CPU cores; see recipes/benchmarks/layer.py.
 * `probe`: neural collapse against three passes of accumulators, its share of an evaluation and of training, and NC1
   where class means merge. Five minutes on two CPU cores; see recipes/benchmarks/probe.py and
   recipes/benchmarks/merged.py.
@@ -42,6 +45,17 @@ def solvers(args: argparse.Namespace) -> Tables:
     }
 
 
+def layer(args: argparse.Namespace) -> Tables:
+    from recipes.benchmarks import layer as part  # needs torchdeq
+
+    return {
+        "one cell": part.one_cell(args.device, args.rounds),
+        "one model": part.one_model(args.device, args.rounds),
+        "channels_last": part.channels_last(args.device, args.rounds),
+        "second derivative": part.second_derivative(args.device),
+    }
+
+
 def probe(args: argparse.Namespace) -> Tables:
     from recipes.benchmarks import merged
     from recipes.benchmarks import probe as part
@@ -75,6 +89,7 @@ def presets(args: argparse.Namespace) -> Tables:
 # Each part gives its tables by name, with their rows as they are measured.
 PARTS: dict[str, Callable[[argparse.Namespace], Tables]] = {
     "solvers": solvers,
+    "layer": layer,
     "probe": probe,
     "pipeline": pipeline,
     "presets": presets,

@@ -2,7 +2,8 @@ r"""The solvers against TorchDEQ, the peer, on the same maps: three tables with 
 
 1. evaluations of f until the true relative residual $\|f(z) - z\| / \|f(z)\|$ of every sample has met a tolerance at
    some call, and their mean over the samples. A wrapper around f measures both sides alike, whatever they measure;
-2. overhead: the time of a solve less the time of as many calls of f alone, in turns, medians;
+2. overhead: the time of a solve less the time of as many calls of f alone, in turns, medians; gradients are enabled,
+   and nothing requires one;
 3. peak memory of a solve against the calls allowed, in units of one state.
 
 A ratio below 1 is in our favour. Both sides get the same f, initial iterate, number of calls and memory; ridge and
@@ -82,7 +83,6 @@ def evaluations(device: torch.device, tolerances: Sequence[float]) -> Iterator[R
                 yield row | compared("calls", *slowest) | compared("mean calls", *mean)
 
 
-@torch.no_grad()
 def overhead(device: torch.device, sizes: Sequence[tuple[int, int]], rounds: int) -> Iterator[Row]:
     """Milliseconds of a solve beyond the calls of f, for every size `(B, D)` and solver."""
     for batch, length in sizes:
