@@ -19,8 +19,8 @@ LAYERS = {
 }
 
 # Inside the core: a module may import those of its own rank or below.
-RANKS = "version transforms solution solvers.base layout fixed_point solvers jacobian gradients dropout".split()
-RANKS += ["equilibrium", "hooks"]
+RANKS = "version transforms solution solvers.base layout fixed_point solvers jacobian parametrized".split()
+RANKS += "gradients dropout equilibrium hooks".split()
 RANKS += "spectral monotone warm_start correction log models".split() + [""]
 
 

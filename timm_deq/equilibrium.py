@@ -2,23 +2,23 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from timm_deq.dropout import one_mask_per_solve
 from timm_deq.fixed_point import Map, fixed_point, outside_inference_mode
 from timm_deq.gradients.base import Gradient
 from timm_deq.gradients.implicit import Implicit
+from timm_deq.parametrized import cached_parametrizations, weights_of
 from timm_deq.solution import Solution
 from timm_deq.solvers.anderson import Anderson
-from timm_deq.solvers.base import Solver, State, autocast_enabled, check_bool, check_integer, is_tracing
+from timm_deq.solvers.base import Solver, State, autocast_enabled, check_bool, check_integer, is_exporting, is_tracing
 from timm_deq.transforms import forward_mode, refuse_reverse, with_tangent, without_tangents
 
 SolutionHook = Callable[["Equilibrium", str, Solution, list[Tensor]], None]
@@ -105,15 +105,24 @@ class Equilibrium(nn.Module):
             NonFiniteInputError: x is not finite.
             ValueError: The cell changes the shape, dtype or device of the state, or an input of its own in place.
         """
+        if isinstance(x, torch.fx.Proxy) and isinstance(x.tracer, torch.fx.Tracer) and x.tracer.root is not self:
+            return self._as_one_node(x, z0, u0)
+        return self._find(x, z0, u0)
+
+    def _as_one_node(self, x: torch.fx.Proxy, z0: Tensor | None, u0: Tensor | None) -> Tensor:
+        """Let `torch.fx` record a call of this layer: whole, it keeps its early exit and its gradient."""
+        given = {name: start for name, start in (("z0", z0), ("u0", u0)) if start is not None}
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), given)
+
+    def _find(self, x: Tensor, z0: Tensor | None = None, u0: Tensor | None = None) -> Tensor:
         self._refuse_sharded_cell()
         if not is_tracing(x) and x.is_inference():
             x = x.clone()  # with a version counter
         if z0 is None:
             z0 = self.initial_state(x)
-        # An exported program has no autograd functions, and one with a switch of gradients cannot be loaded.
-        exporting = torch.compiler.is_exporting()
+        exporting = is_exporting()
         differentiable = torch.is_grad_enabled() and self._requires_grad(x) and not exporting
-        with self._cached_parametrizations(differentiable):
+        with cached_parametrizations(self.cell, differentiable=differentiable):
             f = self._map(x)
             if differentiable:
                 self.gradient.check_solver(self.solver)  # either may have been replaced
@@ -136,12 +145,9 @@ class Equilibrium(nn.Module):
             # Older torch keeps the casts made while gradients were disabled: the weights would be cut off.
             torch.clear_autocast_cache()
         report = self._report_backward if self._solution_hooks else None
-        return self.gradient.attach(f, z_star, state=state, start=start, report=report, inputs=self._inputs(x))
-
-    def _inputs(self, x: Tensor) -> list[Tensor]:
-        """Return all tensors that the map depends on: x, parameters, and parametrised weights in place of theirs."""
-        parameters = [p for name, p in self.cell.named_parameters() if "parametrizations." not in name]
-        return [x, *parameters, *parametrize._cache.values()]  # pyright: ignore[reportReturnType]
+        return self.gradient.attach(
+            f, z_star, state=state, start=start, report=report, inputs=[x, *weights_of(self.cell)]
+        )
 
     def _push(self, f: Map, z_star: Tensor, state: State | None, output: Tensor) -> Tensor:
         """Make the equilibrium differentiable in forward mode."""
@@ -166,7 +172,7 @@ class Equilibrium(nn.Module):
         ...     spectral_radius(f, layer(x)).shape
         torch.Size([4])
         """
-        with self._cached_parametrizations(torch.is_grad_enabled()):
+        with cached_parametrizations(self.cell, differentiable=torch.is_grad_enabled()):
             yield self._map(x)
 
     def initial_state(self, x: Tensor) -> Tensor:
@@ -191,15 +197,16 @@ class Equilibrium(nn.Module):
         """Run the loop, and report the solution to the hooks."""
         residual_history = [] if self._solution_hooks else None
         version = None if is_tracing(x) else x._version
-        solution = fixed_point(
-            f,
-            z0,
-            self.solver,
-            max_steps=self._budget(x),
-            subset_map=self._subset_map(x, z0) if gather else None,
-            residual_history=residual_history,
-            callback=self._show if self._iterate_hooks else None,
-        )
+        with _explain_hooks():
+            solution = fixed_point(
+                f,
+                z0,
+                self.solver,
+                max_steps=self._budget(x),
+                subset_map=self._subset_map(x, z0) if gather else None,
+                residual_history=residual_history,
+                callback=self._show if self._iterate_hooks else None,
+            )
         if version is not None:
             if x._version != version:
                 raise ValueError("cell must not change its input in place, as x.add_(z) does")
@@ -251,14 +258,9 @@ class Equilibrium(nn.Module):
                     f"cell must be sharded as part of its Equilibrium or of a module above, got {name} sharded alone"
                 )
 
-    def _cached_parametrizations(self, differentiable: bool) -> AbstractContextManager:
-        """Compute parametrised weights once for a solve and its gradient."""
-        parametrized = [m for m in self.cell.modules() if parametrize.is_parametrized(m)]
-        return _cached(parametrized, differentiable) if parametrized else nullcontext()
-
     def __prepare_scriptable__(self) -> nn.Module:
         """Give TorchScript, which knows no solver objects, the recorded steps of the solve."""
-        return torch.fx.symbolic_trace(nn.Sequential(self))  # as a child, so that z0 keeps its default
+        return torch.fx.symbolic_trace(_Steps(self))
 
     def extra_repr(self) -> str:
         settings = f"solver={self.solver}, gradient={self.gradient}"
@@ -267,16 +269,29 @@ class Equilibrium(nn.Module):
         return settings if self.gather else f"{settings}, gather=False"
 
 
+class _Steps(nn.Module):
+    """The solve of a layer, for `torch.fx` to record step by step."""
+
+    def __init__(self, layer: Equilibrium) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer._find(x)
+
+
 @contextmanager
-def _cached(modules: list[nn.Module], differentiable: bool) -> Iterator[None]:
-    """Compute parametrised weights, recorded by autograd if they are to be differentiated, and hold them."""
-    device = next(p for module in modules for p in module.parameters()).device.type
-    with parametrize.cached():
-        with torch.set_grad_enabled(differentiable), torch.autocast(device, enabled=False):
-            for module in modules:
-                for name in module.parametrizations:  # pyright: ignore[reportGeneralTypeIssues]
-                    getattr(module, name)
+def _explain_hooks() -> Iterator[None]:
+    """Explain why torch refuses the hooks that some modules of a cell put on their tensors."""
+    try:
         yield
+    except RuntimeError as error:
+        if "register a hook on a tensor that doesn't require gradient" not in str(error):
+            raise
+        raise RuntimeError(
+            "cell must not put hooks on its tensors while it is solved without gradients, as captum's DeepLift does:"
+            " use the gradient Reversible, whose solve is recorded, or an attribution by the gradient of the input"
+        ) from error
 
 
 def _check_finite(x: Tensor) -> None:

@@ -1,9 +1,11 @@
 r"""Products with the transposed Jacobian $J^\top = (\partial f / \partial z)^\top$ of a map at a point."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from timm_deq.fixed_point import Map
 
@@ -22,9 +24,9 @@ class TransposedJacobian(NamedTuple):
     @classmethod
     def at(cls, f: Map, z: Tensor) -> "TransposedJacobian":
         """Evaluate f once, recorded by autograd, at a leaf with the value of `z` `(B, ...)`."""
-        with torch.enable_grad():
+        with torch.enable_grad(), _saved_as_they_are():
             z = z.detach().requires_grad_()
-            return cls(z, f(z))
+            return cls(z, f(z.view_as(z)))  # hooks on a leaf inside f would fail: `FlopCounterMode` sets some
 
     @property
     def is_zero(self) -> bool:
@@ -37,3 +39,16 @@ class TransposedJacobian(NamedTuple):
             self.fz, self.z, u.to(self.fz.dtype), retain_graph=True, create_graph=create_graph, materialize_grads=True
         )
         return product
+
+
+def _saved_as_they_are() -> AbstractContextManager:
+    """Disable the caller's hooks on saved tensors, which are called again at each product.
+
+    Activation checkpointing would then evaluate all that it covers again, and offloading copy from the host.
+    """
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return saved_tensors_hooks(_identity, _identity) if hooked else nullcontext()
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor

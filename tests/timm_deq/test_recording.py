@@ -1,6 +1,7 @@
 """The programs that record a model, rather than run it, give the eager numbers."""
 
 import io
+import itertools
 from dataclasses import replace
 
 import onnxruntime
@@ -10,6 +11,8 @@ import torch
 from timm.layers import create_feature_extractor
 from timm.models import get_notrace_modules
 from torch import fx
+from torchvision.models.feature_extraction import create_feature_extractor as torchvision_extractor
+from torchvision.models.feature_extraction import get_graph_node_names
 
 import timm_deq
 from timm_deq import Anderson, Broyden, Equilibrium, Picard, ReversibleIteration, SolveLog
@@ -207,31 +210,57 @@ def test_onnx(solver, tmp_path):
 # TorchScript is deprecated upstream, and says so each time; tracing warns of GroupNorm's look at its input's shape.
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("record", ["trace", "script"])
+@pytest.mark.parametrize(
+    ("record", "solver"), [("live trace", SOLVERS[1]), *itertools.product(["trace", "script"], SOLVERS)]
+)
 def test_torchscript(record, solver):
     net = model(**solver)
-    with torch.no_grad():
+    with torch.set_grad_enabled(record == "live trace"):
         expected = net(IMAGES)
-        recorded = torch.jit.trace(net, IMAGES) if record == "trace" else torch.jit.script(net)
+        recorded = torch.jit.script(net) if record == "script" else torch.jit.trace(net, IMAGES)
         buffer = io.BytesIO()
         torch.jit.save(recorded, buffer)
         buffer.seek(0)
         assert_close(torch.jit.load(buffer)(IMAGES), expected)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_symbolic_trace_records_the_steps(solver):
-    net = model(**solver)
-    with torch.no_grad():
-        assert_close(fx.symbolic_trace(net)(IMAGES), net(IMAGES))
+def features_and_gradients(net, features):
+    z = features(IMAGES)
+    return z, torch.autograd.grad(z.square().sum(), [p for n, p in net.named_parameters() if not n.startswith("fc")])
 
 
-@pytest.mark.parametrize("gradient", ["implicit", "phantom", "unrolled"])
-def test_symbolic_trace_trains(gradient):
-    net = model(gradient=gradient)
-    fx.symbolic_trace(net)(IMAGES).sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+@pytest.mark.parametrize("gradient", ["implicit", "phantom", "neumann", "shine", "reversible", "unrolled"])
+def test_fx_keeps_the_equilibrium_whole(gradient):
+    """A leaf, in a feature extractor too: with its own gradient, and its early exit."""
+    solver = {"shine": "broyden", "reversible": "reversible"}.get(gradient, "anderson")
+    net = model(gradient=gradient, solver=solver, tol=0.5)
+    traced = fx.symbolic_trace(net)
+    extractor = torchvision_extractor(net, {"layer4.equilibrium": "z"})
+    with SolveLog(extractor) as log:
+        found = features_and_gradients(net, lambda x: extractor(x)["z"])
+    expected = features_and_gradients(net, net.forward_features)  # without a norm of its own
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert torch.equal(traced(IMAGES), net(IMAGES))
+    assert log.evaluations.max() < net.layer4.equilibrium.solver.max_steps
+
+
+def test_no_node_inside_a_cell_is_offered():
+    for names in get_graph_node_names(model()):
+        assert [name for name in names if "equilibrium" in name] == ["layer4.equilibrium"]
+
+
+def test_fx_records_the_steps_of_a_layer_that_is_traced_by_itself():
+    torch.manual_seed(0)
+    layer, x = Equilibrium(RotatingCell(), solver=Picard(1e-30, 3)), torch.randn(4, 5)
+    steps = fx.symbolic_trace(layer, concrete_args={"z0": None, "u0": None})
+    cell, z = layer.cell, torch.zeros_like(x)
+    for _ in range(2):
+        z = cell(z, x)
+    assert_close(steps(x), z)
+    for weight, expected in zip(
+        layer.parameters(), torch.autograd.grad(z.sum(), list(layer.parameters())), strict=True
+    ):
+        assert_close(torch.autograd.grad(steps(x).sum(), weight)[0], expected)
 
 
 def test_timm_s_tracer_keeps_the_equilibrium_whole():

@@ -14,9 +14,10 @@ from torch import Tensor, fx
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from timm_deq.fixed_point import Map
-from timm_deq.gradients.base import BackwardCallback, Gradient, with_present_weights
+from timm_deq.gradients.base import BackwardCallback, Gradient
 from timm_deq.jacobian import TransposedJacobian
 from timm_deq.layout import Layout
+from timm_deq.parametrized import with_present_weights
 from timm_deq.solution import Solution
 from timm_deq.solvers.base import State
 from timm_deq.transforms import forward_mode, func_transforms, refuse_reverse, tangent_of, with_tangent

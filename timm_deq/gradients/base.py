@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch.nn.utils import parametrize
 
 from timm_deq.fixed_point import Map
 from timm_deq.solution import Solution
@@ -82,18 +81,6 @@ def with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
     if isinstance(source, fx.Proxy):  # fx records no autograd function
         return source
     return _WithGradientOf.apply(source, value)
-
-
-def with_present_weights(f: Map) -> Map:
-    """Let f use the parametrised weights that are cached now whenever it is called."""
-    weights = dict(parametrize._cache)
-
-    def evaluate(z: Tensor) -> Tensor:
-        with parametrize.cached():
-            parametrize._cache.update(weights)
-            return f(z)
-
-    return evaluate if weights else f
 
 
 def connect_to_graph(f: Map, z_star: Tensor) -> Tensor:

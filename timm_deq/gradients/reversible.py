@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from timm_deq.fixed_point import Map
-from timm_deq.gradients.base import BackwardCallback, Gradient, connect_to_graph, with_present_weights
+from timm_deq.gradients.base import BackwardCallback, Gradient, connect_to_graph
 from timm_deq.layout import Layout
+from timm_deq.parametrized import with_present_weights
 from timm_deq.solvers.base import Solver, State, is_tracing, where_rows
 from timm_deq.solvers.reversible import ReversibleIteration, ReversibleState
 from timm_deq.transforms import func_transforms, tangents_enabled

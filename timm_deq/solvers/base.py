@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from timm_deq.transforms import forward_mode, func_transforms
 
@@ -142,7 +143,7 @@ def is_differentiated(*tensors: Tensor) -> bool:
     """
     if isinstance(tensors[0], fx.Proxy):
         return True
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    recorded = is_exporting() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
     return recorded or forward_mode(tensors[0]) or (not torch.compiler.is_compiling() and "Vmap" in func_transforms())
 
 
@@ -158,8 +159,17 @@ def is_tracing(z: Tensor) -> bool:
         or torch.compiler.is_compiling()  # torch.compile and torch.export
         or torch.jit.is_tracing()
         or z.is_meta
+        or isinstance(z, FakeTensor)
         or "Vmap" in func_transforms()  # of a batch of programs, one value cannot be read
     )
+
+
+def is_exporting() -> bool:
+    """Return whether `torch.export` or `torch.jit.trace` records a program.
+
+    It has no autograd functions and no switch of gradients: differentiated later, it has the derivative of its steps.
+    """
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def autocast_enabled(z: Tensor) -> bool:
