@@ -50,7 +50,7 @@ def compare(argv: Sequence[str] | None) -> None:
     args = parser.parse_intermixed_args(argv)
     for name in ("ci", "paired", "loss") if args.html is not None else ():
         value = getattr(args, name)
-        check(value in (False, None), name, value, "not given with html, which has it")
+        check(value is False or value is None, name, value, "not given with html, which has it")
     runs = [read_run(folder, needs_records=args.loss is not None or args.html is not None) for folder in args.folders]
     if args.loss is not None:
         runs = [run.at_loss(args.loss) for run in runs]

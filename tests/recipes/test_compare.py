@@ -4,8 +4,10 @@ import statistics
 import pytest
 import yaml
 from scipy import stats
+from study_runs import write_run
 
 from recipes.compare import main
+from recipes.results.page import build
 from recipes.results.statistics import interval_of
 
 
@@ -135,3 +137,45 @@ def test_equal_training_loss(tmp_path, capsys):
     assert first.startswith("| lr=0.2 | 1 | 86.0 | 2 |") and second.startswith("| lr=0.3 | 2 | 85.0 | 0.7 |")
     assert note == "1 of 3 runs have no probe at a training loss of at most 0.5."
     assert overall.startswith("| lr=0.3: val overall % | 1 | -1 |") and nc1.startswith("| lr=0.3: NC1 | 1 | -1.3 |")
+
+
+def test_the_page_of_any_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(build, "as_svg", lambda draw, **_: "")
+    folders = [write_run(tmp_path / f"a{s}", seed=s, minority=0.6 + s / 50, lr=0.3) for s in range(3)]
+    folders += [write_run(tmp_path / f"b{s}", seed=s, minority=0.7 + s / 40, lr=0.2, residual=1e-3) for s in range(3)]
+    path = tmp_path / "page.html"
+    assert main([*map(str, folders), "--html", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}\n"
+    page = path.read_text()
+    low, high = stats.ttest_rel([70, 72.5, 75], [60, 62, 64]).confidence_interval(0.95)
+    assert f"Yes: +10.50 points (95 % interval {low:+.2f} to {high:+.2f}, 3 seeds)." in page
+    assert "Is lr=0.2 more accurate on minority classes than lr=0.3, seed by seed?" in page
+    # These runs are made up, and their models are not there: the page says so, and has the numbers.
+    assert page.count("could not be looked at again: model") == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{}/a", "--html", "{}/no/page.html"], "no/page.html'; allowed: the path of a file in a folder that is there"),
+        (["{}/a", "--html", "{}"], "allowed: the path of a file"),
+        (["{}/a", "--html", "{}/page.html", "--paired"], "paired is True; allowed: not given with html"),
+        (["{}/a", "--html", "{}/page.html", "--loss", "0"], "loss is 0.0; allowed: not given with html"),
+        (["{}/a", "{}/a", "--html", "{}/page.html"], "seed 0 is there twice of 'defaults'"),
+        (["{}/unfinished", "--html", "{}/page.html"], "unfinished' has no results.json; allowed: folders of runs"),
+        (["{}/cut", "--html", "{}/page.html"], "results.json' cannot be read; allowed: files of runs that"),
+        (["{}/other"], "results.json' does not hold collapse and solver and test; allowed: files of runs"),
+        (["{}/listed"], "config.yaml' does not hold seed; allowed: files of runs"),
+    ],
+)
+def test_bad_input_of_pages(words, message, tmp_path, capsys):
+    for name in ("a", "unfinished", "cut", "other", "listed"):
+        write_run(tmp_path / name, seed=0, minority=0.5)
+    (tmp_path / "unfinished" / "results.json").unlink()
+    (tmp_path / "cut" / "results.json").write_text('{"test": {')
+    (tmp_path / "other" / "results.json").write_text('{"points": []}')
+    (tmp_path / "listed" / "config.yaml").write_text("- 1")
+    assert main([word.format(tmp_path) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("*.html"))

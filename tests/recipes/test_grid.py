@@ -31,7 +31,7 @@ def write(path, **changes):
 def stubbed(tmp_path, monkeypatch):
     """A stub in place of training; gives the file that has a line for each start of a run."""
     monkeypatch.setattr(cells, "command", cells.command)
-    monkeypatch.setattr(build, "_theory", build._theory)
+    monkeypatch.setattr(build, "as_svg", build.as_svg)
     stub_grid.stub(str(tmp_path / "starts"), "0")
     return tmp_path / "starts"
 
@@ -47,6 +47,31 @@ def test_every_combination_is_a_cell():
     assert len(found) == 8 and found[-1].seed == 1
     assert found[0].settings == {"epochs": 1, "model_args": {"tol": 0.01}, "ratio": 10}
     assert found[1].settings == {"epochs": 1, "model_args": {"tol": 0.01, "equilibrium": False}, "ratio": 10}
+
+
+def test_settings_besides_the_axes():
+    grid = Grid(**GRID | {"base": {"imbalance": "two_group"}, "also": [{"imbalance": "balanced"}], "seeds": [0]})
+    grid.check_cells()
+    assert [cell.setting for cell in grid.cells()[::2]] == ["ratio = 10", "ratio = 20", "imbalance = balanced"]
+    assert grid.cells()[4].name == "deq-imbalance=balanced-seed=0"
+    assert [cell.settings["imbalance"] for cell in grid.cells()[::2]] == ["two_group", "two_group", "balanced"]
+    alone = Grid(**GRID | {"axes": {}, "also": [{"ratio": 5}, {"ratio": 7}], "seeds": [0]})
+    assert [cell.settings["ratio"] for cell in alone.cells()] == [5, 5, 7, 7]
+
+
+def test_the_page_of_a_grid_says_what_is_missing(tmp_path, stubbed, capsys):
+    changes = {"arms": {"good": {}, "bad": {"lr": 0.666}}, "seeds": [0, 1], "reference": "bad", "tested": "good"}
+    folder = tmp_path / "out"
+    assert main([write(tmp_path / "grid.yaml", **changes), "--output", str(folder)]) == 1
+    page = (folder / "report.html").read_text()
+    assert "Is good more accurate on all classes than bad, seed by seed?" in page
+    assert "it cannot be said: no seed in common" in page and "4 of 8 runs are missing" in page
+    assert page.count("error: training has diverged") == 4 and "bad-ratio=20-seed=1" in page
+    # Another reference makes another page of the same runs.
+    starts, changes["tested"], changes["reference"] = stubbed.read_text(), "bad", "good"
+    assert main([write(tmp_path / "grid.yaml", **changes), "--output", str(folder)]) == 1
+    assert "Is bad more accurate on all classes than good" in (folder / "report.html").read_text()
+    assert [line for line in stubbed.read_text()[len(starts) :].split() if line.startswith("good")] == []
 
 
 def test_cells_run_once_and_the_same_grid_goes_on(tmp_path, stubbed, capsys):
@@ -109,9 +134,12 @@ def test_a_killed_grid_goes_on_and_repeats_nothing(how, tmp_path):
     first.send_signal(how)
     assert first.wait(30) == (-9 if how == signal.SIGKILL else 143)
     before = {path.parent.name for path in folder.glob("runs/*/results.json")}
+    page = (folder / "report.html").read_text() if how == signal.SIGTERM else ""
     command[3] = "0"
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     counts = [starts.read_text().split().count(cell.name) for cell in Grid(**GRID).cells()]
+    if how == signal.SIGTERM:
+        assert "runs are missing" in page
     assert 2 <= len(before) < 8 and len(list(folder.glob("runs/*/results.json"))) == 8
     assert all(starts.read_text().split().count(name) == 1 for name in before)
     if how == signal.SIGKILL:
@@ -135,6 +163,15 @@ def test_a_killed_grid_goes_on_and_repeats_nothing(how, tmp_path):
         ({"seeds": [1, 1]}, "seeds is [1, 1]; allowed: a list of whole numbers"),
         ({"mixed_precision": "bf61"}, "mixed_precision is 'bf61'; allowed: 'no', 'bf16', 'fp16'"),
         ({"mixed_precision": False}, "mixed_precision is False; allowed: 'no', 'bf16', 'fp16'"),  # a bare `no` in YAML
+        ({"reference": "dqe"}, "reference is 'dqe'; allowed: one of the arms deq, twin"),
+        ({"tested": "deq"}, "tested is 'deq'; allowed: an arm other than the reference"),
+        ({"also": {"ratio": 5}}, "also is {'ratio': 5}; allowed: a list of mappings"),
+        (
+            {"also": [{"ration": 5}]},
+            "also[0] is 'ration'; allowed: a setting of recipes/train.py (did you mean 'ratio'?)",
+        ),
+        ({"also": [{"imbalance": "balanced", "ratio": 5}]}, "cell deq-imbalance=balanced-ratio=5-seed=0: ratio"),
+        ({"also": [{"ratio": 10}]}, "have one name, 'deq-ratio=10-seed=0'"),
         ({"seeds": 3}, "seeds is 3; allowed: a list of whole numbers"),
         ({"tune": {"lr": [1]}}, "tune_seeds is []; allowed: some with tune"),
         ({"tune": {"lr": [1]}, "tune_seeds": [1]}, "tune_seeds is [1]; allowed: none of seeds"),
@@ -164,7 +201,16 @@ def test_bad_flags(tmp_path, capsys):
         assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+LARGE = pytest.mark.slow  # hundreds of cells
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[LARGE] if path.stem in ("paper_cifar10", "paper_cifar100") else [])
+        for path in sorted(PRESETS.glob("*.yaml"))
+    ],
+)
 def test_presets_are_grids(path):
     grid, _ = read_grid(path.stem)
     grid.check_cells()

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def grids(tmp_path_factory, one_cpu_and_no_network):
-    """Folders of one grid, run through with one job, and with two and interruptions; and the starts of its cells."""
+    """Folders of one grid, run through with one job, and with two and killed; and what had finished then."""
     tmp = tmp_path_factory.mktemp("grids")
     (tmp / "grid.yaml").write_text(yaml.safe_dump(GRID))
     whole, cut = tmp / "whole", tmp / "cut"
@@ -41,16 +41,12 @@ def grids(tmp_path_factory, one_cpu_and_no_network):
         patch.setattr(build, "_theory", build._theory)
         direct_grid.direct()
         assert main([str(tmp / "grid.yaml"), "--output", str(whole)]) == 0
-    generator, finished, ways = random.Random(0), {}, [signal.SIGTERM, signal.SIGKILL]
-    for way in ways:
-        process = start(tmp / "grid.yaml", cut, "--jobs", "2")
-        wait_for_a_run(cut, process, generator.uniform(2, 8))
-        if way == signal.SIGKILL:  # as when the machine loses power
-            for child in children(process.pid):
-                os.kill(child, way)
-        process.send_signal(way)
-        assert process.wait(60) in (0, 128 + way, -way)
-        finished |= {path: path.stat() for path in cut.glob("runs/*/results.json") if path not in finished}
+    process = start(tmp / "grid.yaml", cut, "--jobs", "2")
+    wait_for_a_run(cut, process, random.uniform(2, 12))
+    for pid in [process.pid, *children(process.pid)]:  # as when the machine loses power
+        os.kill(pid, signal.SIGKILL)
+    process.wait(60)
+    finished = {path: path.stat() for path in cut.glob("runs/*/results.json")}
     assert start(tmp / "grid.yaml", cut, "--jobs", "2").wait(120) == 0
     return whole, cut, finished
 

@@ -48,6 +48,11 @@ def no_theory(monkeypatch):
     monkeypatch.setattr(build, "_theory", lambda gallery: None)  # takes ten seconds
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(build, "as_svg", lambda draw, **_: "")
+
+
 def difference(first, second):
     """Of SciPy: mean, low and high in points."""
     low, high = stats.ttest_rel(first, second).confidence_interval(0.95)
@@ -69,7 +74,7 @@ def test_an_advantage_over_another_arm_alone_is_said_to_be_that(study):
     assert text.endswith(", which differs from stock in model_args.norm group.")
 
 
-def test_an_advantage_of_a_solver_that_has_not_converged_is_none(study):
+def test_an_advantage_of_a_solver_that_has_not_converged_is_none(study, undrawn):
     made = study(residual=1.1e-2)
     assert find(made, "R = 10").verdict == "unsolved"
     text = answer(made)
@@ -91,7 +96,7 @@ def test_one_that_is_less_accurate(study):
     assert answer(study(REFERENCE, HIGHER)).startswith("At R = 10, no, it is less accurate: -")
 
 
-def test_too_few_seeds_are_said_and_not_drawn(study):
+def test_too_few_seeds_are_said_and_not_drawn(study, undrawn):
     made = study([0.9], [0.8], [0.5])
     assert answer(made) == "At R = 10, it cannot be said: +10.00 points, of 1 seed, too few for an interval."
     page = build_page(made)
@@ -120,7 +125,7 @@ def test_a_seed_counts_once_over_settings(study):
     assert pooled(made, "plain").n == 5
 
 
-def test_one_arm_and_nothing(study):
+def test_one_arm_and_nothing(study, undrawn):
     made = study()
     alone = replace(made, arms={"deq": {}}, reference="deq", groups=[g for g in made.groups if g.arm == "deq"])
     assert question(alone) == "How accurate is deq on minority classes?"
@@ -135,6 +140,7 @@ def test_means_have_the_interval_of_scipy():
     half = stats.t(3).interval(0.95)[1] * np.std(values, ddof=1) / 2
     assert mean_cell(values).text == f"{np.mean(values):.2f} ± {half:.2f}"
     assert mean_cell([*values, math.nan]).text == mean_cell(values).text
+    assert mean_cell([0, 1000.0]).text == f"500 ± {stats.t(1).interval(0.95)[1] * 500:.0f}"
     assert (
         mean_cell([1.31]).text == "1.31" and mean_cell([math.nan]).text == "–" and mean_cell([2.0, 2.0]).text == "2 ± 0"
     )

@@ -202,7 +202,8 @@ def _curves(
     panels["mean residual of solves"] = (partial(_inner, part="solver", key="mean_residual"), True)
     found = []
     for title, (value, log) in panels.items():
-        draw = partial(curves.curve_figure, groups, styles, value, title=title, log=log)
+        axis = {"log": log, "percent": title.endswith("%")}
+        draw = partial(curves.curve_figure, groups, styles, value, title=title, **axis)
         found += gallery.draw(draw, alt=f"{title}, against epochs{where}")
     return found
 

@@ -50,7 +50,13 @@ def mean_and_band(values: Sequence[float], *, log: bool) -> tuple[float, float, 
 
 
 def curve_figure(
-    groups: Sequence[Group], styles: Mapping[str, tuple[str, str]], value: Value, *, title: str, log: bool = False
+    groups: Sequence[Group],
+    styles: Mapping[str, tuple[str, str]],
+    value: Value,
+    *,
+    title: str,
+    log: bool = False,
+    percent: bool = False,
 ) -> Figure | None:
     """A number against epochs: the mean over seeds and the band of its interval; None where no run has it.
 
@@ -60,6 +66,7 @@ def curve_figure(
         value: the number, of a line of metrics.jsonl.
         title: above the panel.
         log: on a logarithmic axis, where all values allow it; means are geometric then.
+        percent: on an axis from 0 to 100.
     """
     series = {group.arm: epoch_values(group, value) for group in groups}
     series = {arm: found for arm, found in series.items() if found}
@@ -74,6 +81,8 @@ def curve_figure(
         axes.fill_between([*found], low, high, color=color, alpha=0.18, linewidth=0)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if percent:
+        axes.set_ylim(-2, 102)
     if log:
         _log_scale(axes)
     return figure

@@ -135,8 +135,8 @@ def mean_cell(values: Sequence[float]) -> Cell:
 
 def with_half(mean: float, half: float) -> str:
     """Mean ± half of an interval of two digits, both to the same place."""
-    places = 1 - math.floor(math.log10(half)) if half > 0 else -1
-    if not 0 <= places <= 6:
+    places = max(0, 1 - math.floor(math.log10(half))) if half > 0 else math.inf
+    if places > 6:
         return f"{short(mean)} ± {half:.2g}"
     return f"{mean:.{places}f} ± {half:.{places}f}"
 
