@@ -199,7 +199,7 @@ def tsne_figure(look: Look, counts: Sequence[int]) -> Figure | None:
         axes.scatter(*own.T, color=shades(k), marker=marker, s=9, alpha=0.8, linewidths=0.8, rasterized=True)
         if len(classes) <= 20:
             x, y = own[np.square(own - np.median(own, axis=0)).sum(1).argmin()]
-            name = label(look.class_names[k], most=14, instead=str(k))
+            name = label(look.class_names[int(k)], most=14, instead=str(k))
             place: dict[str, Any] = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "va": "bottom"}
             axes.annotate(name, (x, y), **place, weight="bold", gid="halo")
     axes.set_axis_off()

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 # Drawn in this colour is what shall have that of the text around the figure.
 INK = "#123457"
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # letters stay letters
     "svg.hashsalt": "page",  # the same figure is the same text
     "font.size": 9,
