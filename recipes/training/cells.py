@@ -19,6 +19,7 @@ import yaml
 from tqdm import tqdm
 
 from recipes.errors import Stopped, UserError
+from recipes.results.tables import spelt_out
 from recipes.settings.grid import Cell, Grid, read_grid
 from recipes.training.checkpoint import write_text
 
@@ -68,6 +69,25 @@ def finished(cell: Cell, folder: Path) -> bool:
     return (folder / "runs" / cell.name / "results.json").is_file()
 
 
+def check_recorded(cells: Sequence[Cell], folder: Path) -> None:
+    """Refuse runs that were made with other settings than their cells have now, as after another choice of `tune`.
+
+    Raises:
+        UserError: names the first such cell, a setting, and what to do.
+    """
+    for cell in cells:
+        record, run = folder / "cells" / f"{cell.name}.yaml", folder / "runs" / cell.name
+        if not (record.is_file() and run.is_dir()):
+            continue
+        before, now = spelt_out(yaml.safe_load(record.read_text()) or {}), spelt_out(cell.settings)
+        for key in dict.fromkeys([*before, *now]):
+            if before.get(key) != now.get(key):
+                raise UserError(
+                    f"cell {cell.name} has run with {key} {before.get(key)!r}, and {key} is {now.get(key)!r} now; "
+                    f"allowed: the settings it has run with, or no {str(run)!r}: remove that folder to run it again"
+                )
+
+
 def run_cells(
     cells: Sequence[Cell], folder: Path, *, jobs: int, threads: int, title: str, mixed_precision: str = "no"
 ) -> dict[str, str]:
@@ -89,7 +109,9 @@ def run_cells(
 
     Raises:
         Stopped: SIGINT or SIGTERM, which the processes got too.
+        UserError: as `check_recorded`, before anything runs.
     """
+    check_recorded(cells, folder)
     for name in ("cells", "logs"):
         (folder / name).mkdir(exist_ok=True)
     waiting = [cell for cell in cells if not finished(cell, folder)]

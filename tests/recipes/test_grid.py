@@ -1,5 +1,6 @@
 """The grid: its cells, each run once, whatever happens, with a stub in place of training."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,26 @@ def test_each_arm_is_tuned_on_validation_and_then_fixed(tmp_path, stubbed):
     # What has been chosen is not chosen again.
     assert main([write(tmp_path / "grid.yaml", **changes), "--output", str(folder)]) == 0
     assert stubbed.read_text().split() == starts
+
+
+def test_runs_of_another_choice_are_refused(tmp_path, stubbed, capsys):
+    changes = {"tune": {"lr": [0.1, 0.19]}, "tune_seeds": [7], "axes": {}, "seeds": [0, 1]}
+    folder, grid = tmp_path / "out", write(tmp_path / "grid.yaml", **changes)
+    assert main([grid, "--output", str(folder)]) == 0
+    starts, record = stubbed.read_text(), (folder / "cells" / "twin-seed=0.yaml").read_text()
+    (folder / "chosen.yaml").write_text(yaml.safe_dump({"deq": {"lr": 0.19}, "twin": {"lr": 0.1}}))
+    (folder / "runs" / "twin-seed=1" / "results.json").unlink()  # neither is an unfinished one resumed
+    for name in ("twin-seed=0", "twin-seed=1"):
+        capsys.readouterr()
+        assert main([grid, "--output", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert f"cell {name} has run with lr 0.19, and lr is 0.1 now; allowed: " in error and error.count("\n") == 1
+        assert f"no '{folder / 'runs' / name}'" in error
+        assert stubbed.read_text() == starts and (folder / "cells" / "twin-seed=0.yaml").read_text() == record
+        shutil.rmtree(folder / "runs" / name)
+    assert main([grid, "--output", str(folder)]) == 0
+    assert stubbed.read_text()[len(starts) :].split() == ["twin-seed=0", "twin-seed=1"]
+    assert yaml.safe_load((folder / "runs" / "twin-seed=1" / "config.yaml").read_text())["lr"] == 0.1
 
 
 @pytest.mark.slow
