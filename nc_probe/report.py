@@ -211,18 +211,21 @@ class CollapseReport:
         """Read what `save` has written, by this version or an older one: what that did not measure is absent.
 
         Raises:
-            ValueError: the file is no report, or one of a newer version.
+            ValueError: the file is no report, a damaged one, or one of a newer version.
         """
         try:
             document = json.loads(Path(path).read_text())
             found = document["format"], document["version"]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
             found = None, None
-        if found[0] != FORMAT or not isinstance(found[1], int) or found[1] > VERSION:
+        if found[0] != FORMAT or type(found[1]) is not int or not 1 <= found[1] <= VERSION:
             raise ValueError(
                 f"{path} must be a {FORMAT} of version 1..{VERSION}, got format {found[0]!r}, version {found[1]!r}"
             )
-        return decode(cls, document["report"])
+        try:
+            return decode(cls, document["report"])
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} must hold a whole report, got a damaged one: {error!r}") from None
 
     def __str__(self) -> str:
         return as_text(self, [kind for kind in _NESTED[1:] if getattr(self, kind)])

@@ -44,9 +44,9 @@ def _distance_to_simplex(gram: ReferenceGram, cosine: float) -> float:
     m = len(gram)
     if m < 2:
         return math.nan
-    own, every = _sums(gram, torch.ones_like(gram.diagonal))
+    trace, every = float(_diagonal(gram)[gram.kind].sum()), _sum(gram, torch.ones_like(gram.diagonal))
     norm = math.sqrt(m + m * (m - 1) * cosine**2)
-    squared = 2 - 2 * ((1 - cosine) * own + cosine * every) / (norm * gram.norm())
+    squared = 2 - 2 * ((1 - cosine) * trace + cosine * every) / (norm * gram.norm())
     return math.sqrt(squared) if squared > 1e-12 else 0.0  # rounding, where SELI is the simplex
 
 
@@ -54,13 +54,16 @@ def _mean_cosine(gram: ReferenceGram) -> float:
     m = len(gram)
     if m < 2:
         return math.nan
-    _, every = _sums(gram, (gram.diagonal + gram.block.diagonal()).rsqrt())
-    return (every - m) / (m * (m - 1))
+    return (_sum(gram, _diagonal(gram).rsqrt()) - m) / (m * (m - 1))
 
 
-def _sums(gram: ReferenceGram, scale: Tensor) -> tuple[float, float]:
-    """Sums of the diagonal and of all entries of diag(s) G diag(s), where s is `scale` (D,) of the kind of a class."""
+def _diagonal(gram: ReferenceGram) -> Tensor:
+    """(D,) what a class of each kind has with itself."""
+    return gram.diagonal + gram.block.diagonal()
+
+
+def _sum(gram: ReferenceGram, scale: Tensor) -> float:
+    """Sum of all entries of diag(s) G diag(s), where s is `scale` (D,) of the kind of a class."""
     size = torch.bincount(gram.kind, minlength=len(scale)).double()
-    own, weighted = gram.diagonal * scale.square(), size * scale
-    every = float(size @ own + weighted @ gram.block @ weighted)
-    return float(size @ (own + gram.block.diagonal() * scale.square())), every
+    weighted = size * scale
+    return float(size @ (gram.diagonal * scale.square()) + weighted @ gram.block @ weighted)

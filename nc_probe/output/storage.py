@@ -29,7 +29,11 @@ def encode(value: Any) -> Any:
 
 
 def decode(cls: Any, values: Mapping[str, Any]) -> Any:
-    """Make a report of what `encode` made of one, whose fields are known by their types."""
+    """Make a report of what `encode` made of one, whose fields are known by their types.
+
+    Raises:
+        KeyError, TypeError, AttributeError, ValueError, RuntimeError: it is not what `encode` makes.
+    """
     out: dict[str, Any] = {}
     for f in fields(cls):
         value = values.get(f.name, ...)
@@ -43,6 +47,8 @@ def decode(cls: Any, values: Mapping[str, Any]) -> Any:
             out[f.name] = None if value is None else _matrix(value)
         elif isinstance(value, list):
             out[f.name] = tuple(v if isinstance(v, int) else _real(v) for v in value)
+        elif f.type in (int, str) and type(value) is not f.type:
+            raise TypeError(f"{f.name} must be {f.type.__name__}, got {value!r}")
         else:
             out[f.name] = _real(value) if f.type is float else value
     return cls(**out)

@@ -127,8 +127,8 @@ def _read(path: Path) -> dict[int, CollapseReport]:
 
 def _from_dict(values: Mapping[str, Any]) -> CollapseReport:
     """Make a report, with its groups, of what `CollapseReport.as_dict` made of one."""
-    numbers = {"classes": [], **values, **dict.fromkeys(values.get("infinite", ()), "inf")}
-    report = decode(CollapseReport, numbers | {"groups": {}, "heads": {}, "layers": {}, "iterates": {}})
+    nested = {"groups": {}, "heads": {}, "layers": {}, "iterates": {}}
+    report = decode(CollapseReport, {"classes": [], **values, **nested})
     return replace(report, groups={name: _from_dict(group) for name, group in values.get("groups", {}).items()})
 
 

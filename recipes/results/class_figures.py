@@ -169,6 +169,7 @@ def tsne_figure(
     for name, shape in marker.items():
         axes.scatter([], [], color="0.35", marker=shape, s=28, label=label(name))
     head(axes, title if len(classes) == len(class_names) else f"{title}, {len(classes)} of {len(class_names)} classes")
+    axes.set_aspect("equal", "datalim")
     axes.set_xticks([])
     axes.set_yticks([])
     if groups:

@@ -44,7 +44,7 @@ def panels(figure):
 
 
 def test_history_of_all_classes_and_of_groups():
-    shown = panels(plot_history(HISTORY, title="t"))
+    shown = panels(plot_history(dict(reversed(HISTORY.items())), title="t"))
     assert len(shown) == 8
     for start, key in (("NC1", "nc1"), ("NC3", "nc3"), ("accuracy", "accuracy"), ("mean cosine of cl", "mean_cosine")):
         (axes,) = [axes for title, axes in shown.items() if title.startswith(start)][:1]
@@ -75,8 +75,9 @@ def test_history_has_the_lines_of_seli_and_of_the_simplex():
 
 
 def test_history_without_what_is_not_known():
-    balanced = example(counts=torch.full((K,), 9))
-    assert curves(panels(plot_history([balanced]))["NC2: class means to simplex ETF"])[1] == []
+    balanced = panels(plot_history([example(counts=torch.full((K,), 9))]))
+    assert curves(balanced["NC2: class means to simplex ETF"])[1] == []
+    assert [style for _, style, _ in curves(balanced["mean cosine of class means"])[1]] == [":"]
     empirical = panels(plot_history([example(center="empirical")]))
     assert curves(empirical["NC2: class means to simplex ETF"])[1] == []
     assert len(curves(empirical["NC2: classifier to simplex ETF"])[1]) == 3

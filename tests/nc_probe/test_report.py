@@ -158,6 +158,8 @@ def test_reports_of_an_older_version_load(tmp_path):
         ('{"nc1": 3}', "format None, version None"),
         ('{"format": "nc_probe.CollapseReport", "version": 99}', "format 'nc_probe.CollapseReport', version 99"),
         ('{"format": "other", "version": 1}', "format 'other', version 1"),
+        ('{"format": "nc_probe.CollapseReport", "version": true}', "format 'nc_probe.CollapseReport', version True"),
+        ('{"format": "nc_probe.CollapseReport", "version": 0}', "format 'nc_probe.CollapseReport', version 0"),
     ],
 )
 def test_files_that_are_no_report(tmp_path, text, got):
@@ -165,6 +167,30 @@ def test_files_that_are_no_report(tmp_path, text, got):
     with pytest.raises(
         ValueError, match=f"x.json must be a nc_probe.CollapseReport of version 1..1, got {got}"
     ) as error:
+        CollapseReport.load(tmp_path / "x.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda report: report.pop("classes"),
+        lambda report: report.update(nc1="much"),
+        lambda report: report.update(samples="12"),
+        lambda report: report.update(class_norm=["a"]),
+        lambda report: report.update(groups=[1]),
+        lambda report: report["groups"]["minority"].update(center=None),
+        lambda report: report["means"].update(float64=report["means"]["float64"][:-4]),
+        lambda report: report["means"].update(shape=[2, 2]),
+        lambda report: report.clear(),
+    ],
+)
+def test_damaged_reports(tmp_path, change):
+    nested().save(tmp_path / "x.json")
+    document = json.loads((tmp_path / "x.json").read_text())
+    change(document["report"])
+    (tmp_path / "x.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="x.json must hold a whole report, got a damaged one: ") as error:
         CollapseReport.load(tmp_path / "x.json")
     assert "\n" not in str(error.value)
 
