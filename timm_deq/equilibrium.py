@@ -19,7 +19,14 @@ from timm_deq.parametrized import cached_parametrizations, weights_of
 from timm_deq.solution import Solution
 from timm_deq.solvers.anderson import Anderson
 from timm_deq.solvers.base import Solver, State, autocast_enabled, check_bool, check_integer, is_exporting, is_tracing
-from timm_deq.transforms import forward_mode, refuse_reverse, with_tangent, without_tangents
+from timm_deq.transforms import (
+    forward_mode,
+    inside_vmap,
+    refuse_reverse,
+    requires_grad,
+    with_tangent,
+    without_tangents,
+)
 
 SolutionHook = Callable[["Equilibrium", str, Solution, list[Tensor]], None]
 """Called with the layer, "forward" or "backward", the solution, and the residuals `(B,)` after each evaluation."""
@@ -129,15 +136,19 @@ class Equilibrium(nn.Module):
                 f = self.gradient.prepare(f, self.solver)
             # Tangents are those of the equilibrium, as gradients are, not those of the steps that led there.
             pushes = forward_mode(x) and not self.gradient.differentiates_solver
-            with without_tangents() if pushes else nullcontext():
+            constant = without_tangents if pushes else nullcontext
+            with constant():
                 recorded = differentiable and self.gradient.differentiates_solver
                 with nullcontext() if exporting else torch.set_grad_enabled(recorded):
                     solution = self._solve(f, x, z0, gather=not (self.training or differentiable or forward_mode(x)))
-                z_star = solution.value.to(z0.dtype)
+                output = z_star = solution.value.to(z0.dtype)
                 # Histories are not to wait for the backward pass.
                 state = solution.state if self.gradient.required_solver else None
-                output = self._attach(f, x, z_star, state, u0) if differentiable else z_star
-            return self._push(f, z_star, state, output) if pushes else output
+            both = pushes and self.gradient.attaches_tangent
+            if differentiable or both:
+                with nullcontext() if both else constant():
+                    output = self._attach(f, x, z_star, state, u0)
+            return self._push(f, z_star, state, output, differentiable) if pushes and not both else output
 
     def _attach(self, f: Map, x: Tensor, z_star: Tensor, state: State | None, start: Tensor | None) -> Tensor:
         """Make the equilibrium differentiable in reverse mode."""
@@ -149,11 +160,11 @@ class Equilibrium(nn.Module):
             f, z_star, state=state, start=start, report=report, inputs=[x, *weights_of(self.cell)]
         )
 
-    def _push(self, f: Map, z_star: Tensor, state: State | None, output: Tensor) -> Tensor:
+    def _push(self, f: Map, z_star: Tensor, state: State | None, output: Tensor, differentiable: bool) -> Tensor:
         """Make the equilibrium differentiable in forward mode."""
         with torch.no_grad():
             tangent = self.gradient.tangent(f, z_star, state=state)
-        if tangent is not None and output.requires_grad:
+        if tangent is not None and differentiable:
             name = type(self.gradient).__name__
             message = f"the tangent of an equilibrium cannot be differentiated by {name}: use the gradient Unrolled"
             tangent = refuse_reverse(tangent, message, output)
@@ -217,10 +228,12 @@ class Equilibrium(nn.Module):
         return solution
 
     def _show(self, step: int, z: Tensor) -> None:
+        _refuse_vmap()
         for hook in tuple(self._iterate_hooks.values()):
             hook(self, step, z)
 
     def _report(self, phase: str, solution: Solution, trace: list[Tensor]) -> None:
+        _refuse_vmap()
         for hook in tuple(self._solution_hooks.values()):
             hook(self, phase, solution, trace)
 
@@ -245,8 +258,7 @@ class Equilibrium(nn.Module):
 
     def _requires_grad(self, x: Tensor) -> bool:
         """Return whether the cell or its input requires a gradient: of a frozen model nothing is recorded."""
-        weights = any(p.requires_grad for p in self.cell.parameters())
-        return weights or isinstance(x, torch.fx.Proxy) or x.requires_grad
+        return isinstance(x, torch.fx.Proxy) or any(map(requires_grad, (x, *self.cell.parameters())))
 
     def _refuse_sharded_cell(self) -> None:
         """Raise ValueError: FSDP2 would gather it at each evaluation, of which ranks make different numbers."""
@@ -292,6 +304,15 @@ def _explain_hooks() -> Iterator[None]:
             "cell must not put hooks on its tensors while it is solved without gradients, as captum's DeepLift does:"
             " use the gradient Reversible, whose solve is recorded, or an attribution by the gradient of the input"
         ) from error
+
+
+def _refuse_vmap() -> None:
+    """Raise RuntimeError: what hooks keep of a batch of programs cannot be read once the transform is over."""
+    if inside_vmap():
+        raise RuntimeError(
+            "hooks on a solve, as of SolveLog and WarmStart, must not be open inside torch.func.vmap, jacrev and"
+            " jacfwd: call these outside of their context"
+        )
 
 
 def _check_finite(x: Tensor) -> None:

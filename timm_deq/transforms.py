@@ -8,6 +8,8 @@ from torch import Tensor, fx
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
 
 def forward_mode(z: Tensor) -> bool:
     """Return whether tangents may be propagated: inside `forward_ad.dual_level` or `torch.func.jvp`."""
@@ -34,10 +36,32 @@ def with_tangent(z: Tensor, tangent: Tensor | None) -> Tensor:
     return z if tangent is None else forward_ad.make_dual(z, tangent.to(z.dtype))
 
 
-def func_transforms() -> set[str]:
-    """Return the transforms of `torch.func` that are active, of "Grad" (also of vjp and jacrev), "Jvp" and "Vmap"."""
-    stack = _functorch.get_interpreter_stack()
-    return {level.key().name for level in stack} if stack else set()
+def func_transforms() -> list[str]:
+    """Return the active transforms of `torch.func`, outermost first: "Grad" (also of vjp, jacrev), "Jvp", "Vmap"."""
+    stack = _functorch.get_interpreter_stack()  # None outside of all
+    return [level.key().name for level in stack] if stack else []
+
+
+def inside_vmap() -> bool:
+    """Return whether a transform batches the program; false in a program that is compiled."""
+    return not torch.compiler.is_compiling() and "Vmap" in func_transforms()
+
+
+def requires_grad(tensor: Tensor) -> bool:
+    """Return whether autograd, or any transform in reverse mode, records what is done with a tensor.
+
+    `tensor.requires_grad` alone tells of the innermost transform.
+    """
+    while not tensor.requires_grad:
+        if torch.compiler.is_compiling() or not _functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+    return True
+
+
+def recorded_by_proxies() -> bool:
+    """Return whether `make_fx`, on which `torch.func.linearize` rests, records the program."""
+    return torch._C._get_dispatch_mode(_PROXY) is not None
 
 
 def refuse_reverse(z: Tensor, message: str, *anchors: Tensor) -> Tensor:

@@ -9,27 +9,32 @@ import torch
 from oracles import dense_jacobian, relative_error
 from problems import cell_and_input, generator
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
 
 from timm_deq import (
     Anderson,
     Broyden,
     Equilibrium,
+    FixedPointCorrection,
     Gradient,
     Implicit,
     Neumann,
     Phantom,
+    Picard,
     Reversible,
     ReversibleIteration,
     Shine,
+    SolveLog,
     Unrolled,
     VariationalDropout,
+    WarmStart,
 )
 
 # Forward mode loads decompositions that torch itself still scripts.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
 
-TIGHT = Anderson(1e-13, 300)
+TIGHT = Anderson(1e-13, 60)
 # Each so close to its limit that it has the derivative of the equilibrium.
 GRADIENTS = {
     "implicit": (TIGHT, Implicit(TIGHT)),
@@ -40,6 +45,7 @@ GRADIENTS = {
     "unrolled": (TIGHT, Unrolled()),
 }
 STEPS = ["reversible", "unrolled"]  # whose derivatives of every order are those of the steps taken
+EVERY_ORDER = ["phantom", *STEPS]
 ADJOINT = ["implicit", "neumann", "shine"]
 PRECISION = 1e-6
 
@@ -154,38 +160,96 @@ def test_jacfwd(small, gradient):
     assert relative_error([jacobian.reshape(derivative.shape)], [derivative]) < 10 * PRECISION
 
 
-def test_the_tangent_is_not_differentiated_in_silence(gradient):
-    """Reverse mode over forward mode; torch itself has none for softmax and GroupNorm."""
-    cell = Tanh()
-    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
-    v = direction(x)
+def hessian_vector(equilibrium, x, v):
+    """`(d/dx)^2 l v` for a loss l of the equilibrium and of x itself: one that is not linear in either."""
+    x = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(loss_of(equilibrium, x), x, create_graph=True)
+    return torch.autograd.grad((g * v).sum(), x)[0]
+
+
+WEIGHTS = torch.linspace(-1, 2, 32, dtype=torch.float64)
+
+
+def loss_of(equilibrium, x):
+    return (equilibrium(x).square().flatten() * WEIGHTS[: x.numel()]).sum() + x.pow(3).sum()
+
+
+def autograd_over_jvp(loss, x, v):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(torch.func.jvp(loss, (x,), (v,))[1], x)[0]
+
+
+def autograd_over_dual(loss, x, v):
+    x = x.clone().requires_grad_()
     with forward_ad.dual_level():
-        output = layer_of(gradient, cell)(forward_ad.make_dual(x, v))
-        tangent = forward_ad.unpack_dual(output).tangent
-        if gradient in STEPS:
-            (found,) = torch.autograd.grad(tangent.sum(), x, retain_graph=True)
-        else:
-            with pytest.raises(RuntimeError, match="tangent of an equilibrium cannot be differentiated .* Unrolled"):
-                torch.autograd.grad(tangent.sum(), x, retain_graph=True)
-            return
-    h = 1e-5
-    plain = [tangent_at(gradient, cell, x.detach() + s * h * direction(x, 8), v).sum() for s in (1, -1)]
-    torch.testing.assert_close((found * direction(x, 8)).sum(), (plain[0] - plain[1]) / (2 * h), rtol=1e-4, atol=1e-6)
+        tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, v))).tangent
+        return torch.autograd.grad(tangent, x)[0]
 
 
-def tangent_at(gradient, cell, x, v):
-    with torch.no_grad():
-        return by_func(layer_of(gradient, cell), x, v)
+def grad_over_jvp(loss, x, v):
+    return torch.func.grad(lambda x: torch.func.jvp(loss, (x,), (v,))[1])(x)
+
+
+def jvp_over_grad(loss, x, v):
+    return torch.func.jvp(torch.func.grad(loss), (x,), (v,))[1]
+
+
+def dual_over_autograd(loss, x, v):
+    x = x.clone().requires_grad_()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, v)
+        return forward_ad.unpack_dual(torch.autograd.grad(loss(dual), dual)[0]).tangent
+
+
+def grad_over_grad(loss, x, v):
+    return torch.func.grad(lambda x: (torch.func.grad(loss)(x) * v).sum())(x)
+
+
+def hessian(loss, x, v):
+    return (torch.func.hessian(loss)(x).reshape(v.numel(), -1) @ v.flatten()).view_as(x)
+
+
+def autograd_over_vjp(loss, x, v):
+    x = x.clone().requires_grad_()
+    (g,) = torch.func.vjp(loss, x)[1](torch.ones((), dtype=x.dtype))
+    return torch.autograd.grad((g * v).sum(), x)[0]
+
+
+def jvp_over_jvp(loss, x, v):
+    columns = [
+        torch.func.jvp(lambda x: torch.func.jvp(loss, (x,), (v,))[1], (x,), (e.view_as(x),))[1]
+        for e in torch.eye(x.numel(), dtype=x.dtype)
+    ]
+    return torch.stack(columns).view_as(x)
+
+
+SECOND = [autograd_over_jvp, autograd_over_dual, grad_over_jvp, jvp_over_grad, dual_over_autograd]
+SECOND += [grad_over_grad, hessian, autograd_over_vjp, jvp_over_jvp]
+
+
+@pytest.mark.parametrize(
+    ("route", "frozen"), [*((r, False) for r in SECOND), (autograd_over_jvp, True), (grad_over_jvp, True)]
+)
+def test_one_mode_over_another(small, gradient, route, frozen):
+    """Right, or one line, also where x alone is differentiated, by a transform other than the innermost."""
+    cell, x, z, _ = small
+    cell.requires_grad_(not frozen)
+    layer, v = layer_of(gradient, cell), direction(x)
+    if gradient in ADJOINT:
+        with pytest.raises(RuntimeError, match="use the gradient Unrolled"):
+            route(lambda x: loss_of(layer, x), x, v)
+    else:
+        found = route(lambda x: loss_of(layer, x), x, v)
+        assert relative_error([found.detach()], [hessian_vector(newton_step(cell, z), x, v)]) < 1e-4
+    cell.requires_grad_()
 
 
 @pytest.mark.parametrize("gradient", ADJOINT)
-def test_forward_mode_over_reverse_mode_is_refused(problem, gradient):
-    cell, x, z, _ = problem
-    x = x.clone().requires_grad_()
-    with forward_ad.dual_level():
-        output = layer_of(gradient, cell)(forward_ad.make_dual(x, direction(x)))
-        with pytest.raises(RuntimeError, match="no forward mode over its reverse mode: use the gradient Unrolled"):
-            torch.autograd.grad(output.sum(), x)
+def test_the_tangent_alone_is_not_differentiated_in_silence(gradient):
+    """A loss that is linear in the equilibrium, beside which something else has a derivative."""
+    layer, x = layer_of(gradient, Tanh().requires_grad_(False)), torch.ones(2, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="tangent of an equilibrium cannot be differentiated .* Unrolled"):
+        autograd_over_jvp(lambda x: layer(x).sum() + x.pow(3).sum(), x, direction(x))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
@@ -205,8 +269,7 @@ def second_derivatives(equilibrium, cell, x, scale=1.0):
 
 
 def newton_step(cell, z):
-    """The equilibrium `z + (I - J)^-1 (f(z) - z)`, J on the graph: right in value, first and second derivatives of z,
-    where it is applied twice."""
+    """The equilibrium `z + (I - J)^-1 (f(z) - z)`, J in the graph: applied twice, right up to third derivatives."""
 
     def equilibrium(x):
         found = z
@@ -220,7 +283,8 @@ def newton_step(cell, z):
 
 
 @pytest.mark.parametrize(
-    ("gradient", "scale"), [("implicit", 1e-6), ("implicit", 1e6), *((gradient, 1.0) for gradient in STEPS)]
+    ("gradient", "scale"),
+    [("implicit", 1e-6), ("implicit", 1e6), ("phantom", 1e-6), ("phantom", 1e6), ("reversible", 1), ("unrolled", 1)],
 )
 def test_second_derivatives(problem, gradient, scale):
     cell, x, z, _ = problem
@@ -257,12 +321,22 @@ def test_second_derivatives_under_a_mask():
     assert relative_error(*results) < 1e-5
 
 
-def test_third_derivatives_are_refused(problem):
+def third_derivative(equilibrium, x):
+    x, v, w = x.clone().requires_grad_(), direction(x, 7), direction(x, 8)
+    (first,) = torch.autograd.grad(loss_of(equilibrium, x), x, create_graph=True)
+    (second,) = torch.autograd.grad((first * v).sum(), x, create_graph=True)
+    return torch.autograd.grad((second * w).sum(), x)[0]
+
+
+def test_third_derivatives(problem, gradient):
     cell, x, z, _ = problem
-    x = x.clone().requires_grad_()
-    (first,) = torch.autograd.grad(layer_of("implicit", cell)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative of an equilibrium needs"):
-        torch.autograd.grad(first.square().sum(), x, create_graph=True)
+    if gradient in ADJOINT:
+        line = "second derivative of an equilibrium needs" if gradient == "implicit" else "has no second derivative"
+        with pytest.raises(RuntimeError, match=f"{line}.* Unrolled"):
+            third_derivative(layer_of(gradient, cell), x)
+        return
+    found = third_derivative(layer_of(gradient, cell), x)
+    assert relative_error([found], [third_derivative(newton_step(cell, z), x)]) < 1e-4
 
 
 def test_second_derivatives_in_a_tensor_that_is_no_parameter():
@@ -297,46 +371,111 @@ def test_batched_cotangents(problem, gradient):
     eye = torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape)
     output = layer_of(gradient, cell)(x)
     if gradient in ADJOINT:
-        with pytest.raises(RuntimeError, match="is_grads_batched=True .* use torch.func.jacfwd or the gradient Unr"):
+        with pytest.raises(RuntimeError, match="is_grads_batched=True .* use torch.func.jacrev or the gradient Unr"):
             torch.autograd.grad(output, x, eye, is_grads_batched=True)
         return
     (found,) = torch.autograd.grad(output, x, eye, is_grads_batched=True)
     assert relative_error([found.reshape(derivative.shape)], [derivative]) < PRECISION
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_torch_func_in_reverse_mode(small, gradient, training):
+@pytest.mark.parametrize(("training", "scale"), [(True, 1e-6), (False, 1e6)], ids=["train", "eval"])
+def test_torch_func_in_reverse_mode(small, gradient, training, scale):
     cell, x, z, derivative = small
     layer, g = layer_of(gradient, cell).train(training), direction(x)
-    if gradient in ADJOINT:
-        for route in (torch.func.grad(lambda x: layer(x).sum()), torch.func.jacrev(layer)):
-            with pytest.raises(RuntimeError, match="does not serve torch.func.grad, vjp and jacrev: use .* Unrolled"):
-                route(x)
-        return
-    (found,) = torch.func.vjp(layer, x)[1](g)
+    (found,) = torch.func.vjp(layer, x)[1](scale * g)
+    assert relative_error([found.detach().flatten() / scale], [derivative.T @ g.flatten()]) < 10 * PRECISION
+    found = torch.func.grad(lambda x: (layer(x) * g).sum())(x)
     assert relative_error([found.flatten()], [derivative.T @ g.flatten()]) < 10 * PRECISION
     jacobian = torch.func.jacrev(layer)(x)
     assert relative_error([jacobian.reshape(derivative.shape)], [derivative]) < 10 * PRECISION
 
 
-def test_per_sample_gradients(small, gradient):
-    """vmap(grad) in the parameters, against one sample at a time."""
-    cell, x, z, _ = small
-    layer = layer_of(gradient, cell)
-    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+def loss_in(layer):
+    """A loss as a function of parameters and input, and the parameters."""
 
     def loss(parameters, x):
-        return torch.func.functional_call(layer, parameters, (x.unsqueeze(0),)).square().sum()
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
 
-    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
-    if gradient in ADJOINT:
-        with pytest.raises(RuntimeError, match="does not serve torch.func.grad"):
-            per_sample(parameters, x)
-        return
-    found = per_sample(parameters, x)
+    return loss, {name: p.detach() for name, p in layer.named_parameters()}
+
+
+def gradients_at(gradient, scale, x):
+    """The gradients in input and parameters by autograd, of a cell whose parameters are scaled."""
+    cell, x = Tanh(), x.clone().requires_grad_()
+    with torch.no_grad():
+        for p in cell.parameters():
+            p.mul_(scale)
+    return torch.autograd.grad(layer_of(gradient, cell)(x).square().sum(), [x, *cell.parameters()])
+
+
+def test_torch_func_in_other_parameters_than_those_of_the_module(small, gradient):
+    """The backward pass of a vjp comes when the module has its own again."""
+    _, x, _, _ = small
+    loss, parameters = loss_in(layer_of(gradient, Tanh()))
+    pull = torch.func.vjp(loss, {name: 0.9 * p for name, p in parameters.items()}, x)[1]
+    found, in_x = pull(torch.ones((), dtype=x.dtype))
+    assert relative_error([in_x, *found.values()], list(gradients_at(gradient, 0.9, x))) < 10 * PRECISION
+
+
+def test_per_sample_gradients(small, gradient):
+    """vmap(grad) over samples, against one sample at a time."""
+    _, x, _, _ = small
+    loss, parameters = loss_in(layer_of(gradient, Tanh()))
+    found = torch.func.vmap(torch.func.grad(lambda p, x: loss(p, x.unsqueeze(0))), in_dims=(None, 0))(parameters, x)
     for i in range(len(x)):
-        expected = torch.autograd.grad(layer(x[i : i + 1]).square().sum(), list(layer.parameters()))
+        expected = gradients_at(gradient, 1.0, x[i : i + 1])[1:]
         assert relative_error([found[name][i] for name in parameters], list(expected)) < 10 * PRECISION
+
+
+def test_gradients_of_an_ensemble(small, gradient):
+    """vmap(grad) over parameters."""
+    _, x, _, _ = small
+    loss, parameters = loss_in(layer_of(gradient, Tanh()))
+    scales = [0.8, 1.1]
+    stacked = {name: torch.stack([scale * p for scale in scales]) for name, p in parameters.items()}
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None))(stacked, x)
+    for i, scale in enumerate(scales):
+        expected = gradients_at(gradient, scale, x)[1:]
+        assert relative_error([found[name][i] for name in parameters], list(expected)) < 10 * PRECISION
+
+
+def autograd_of_vmap(layer, x, g):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad((torch.func.vmap(lambda x: layer(x[None])[0])(x) * g).sum(), x)[0]
+
+
+def grad_of_vmap(layer, x, g):
+    return torch.func.grad(lambda x: (torch.func.vmap(lambda x: layer(x[None])[0])(x) * g).sum())(x)
+
+
+def autograd_of_vmapped_vjp(layer, x, g):
+    """Of its value, not of its derivative."""
+    x = x.clone().requires_grad_()
+    value = torch.func.vmap(lambda x: torch.func.vjp(lambda x: layer(x[None])[0], x)[0])(x)
+    return torch.autograd.grad((value * g).sum(), x)[0]
+
+
+@pytest.mark.parametrize(
+    ("route", "frozen"), [(autograd_of_vmap, True), (grad_of_vmap, True), (autograd_of_vmapped_vjp, False)]
+)
+def test_reverse_mode_over_vmap(small, gradient, route, frozen):
+    cell, x, _, derivative = small
+    cell.requires_grad_(not frozen)
+    layer, g = layer_of(gradient, cell), direction(x)
+    if gradient in ADJOINT:
+        with pytest.raises(RuntimeError, match="vmap: use the gradient Unrolled"):
+            route(layer, x, g)
+    else:
+        assert relative_error([route(layer, x, g).flatten()], [derivative.T @ g.flatten()]) < 10 * PRECISION
+    cell.requires_grad_()
+
+
+def test_the_value_of_a_vjp_has_a_gradient_too(small, gradient):
+    cell, x, _, derivative = small
+    x, g = x.clone().requires_grad_(), direction(x)
+    value, _ = torch.func.vjp(layer_of(gradient, cell), x)
+    (found,) = torch.autograd.grad(value, x, g)
+    assert relative_error([found.flatten()], [derivative.T @ g.flatten()]) < 10 * PRECISION
 
 
 def test_vmap_of_a_solve(problem, gradient):
@@ -345,3 +484,36 @@ def test_vmap_of_a_solve(problem, gradient):
     with torch.no_grad():
         batched = torch.func.vmap(lambda x: layer(x.unsqueeze(0)).squeeze(0))(x)
     torch.testing.assert_close(batched, z)
+
+
+def test_a_log_inside_transforms(small):
+    """A solve inside torch.func.grad is recorded; of one inside vmap nothing could be read afterwards."""
+    cell, x, _, _ = small
+    layer = layer_of("implicit", cell)
+    with SolveLog(layer) as log:
+        layer(x).sum().backward()
+    with SolveLog(layer) as inside:
+        torch.func.grad(lambda x: layer(x).sum())(x)
+    assert log.summary() == inside.summary()
+    for watch in (SolveLog, WarmStart, lambda layer: FixedPointCorrection(layer, at=(1,))):
+        with watch(layer), pytest.raises(RuntimeError, match="must not be open inside torch.func.vmap"):
+            torch.func.vmap(lambda x: layer(x.unsqueeze(0)))(x)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # torch, of constants it folds
+@pytest.mark.parametrize("gradient", ["implicit", "phantom", "unrolled"])
+def test_programs_recorded_by_proxies(small, gradient):
+    """`make_fx`, and `torch.func.linearize`, which rests on it."""
+    cell, x, _, derivative = small
+    solver, v = Picard(1e-12, 25), direction(x)
+    chosen = {"implicit": Implicit(solver), "phantom": Phantom(25, damping=1.0), "unrolled": Unrolled()}[gradient]
+    layer = Equilibrium(cell, solver=solver, gradient=chosen)
+    _, push = torch.func.linearize(layer, x)
+    assert relative_error([push(v).flatten()], [derivative @ v.flatten()]) < 1e-3
+
+    def pull(x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad((layer(x) * v).sum(), x)[0]
+
+    assert relative_error([make_fx(pull)(x)(x).flatten()], [derivative.T @ v.flatten()]) < 1e-3

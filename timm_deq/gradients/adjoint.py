@@ -22,6 +22,8 @@ from timm_deq.solution import Solution
 from timm_deq.solvers.base import State
 from timm_deq.transforms import forward_mode, func_transforms, refuse_reverse, tangent_of, with_tangent
 
+_OTHERWISE = "use the gradient Unrolled, or torch.autograd.grad(..., create_graph=True) with Implicit"
+
 
 class AdjointGradient(Gradient):
     """Base of the gradients that differ only in how they solve the adjoint system.
@@ -51,6 +53,9 @@ class AdjointGradient(Gradient):
 
     def tangent(self, f: Map, z_star: Tensor, *, state: State | None = None) -> Tensor | None:
         """Solve `t = J t + b` with the tangent b of f at a constant `z_star`, in place of the adjoint system."""
+        if func_transforms().count("Jvp") > 1:
+            name = type(self).__name__
+            raise RuntimeError(f"the gradient {name} has no second derivative by torch.func.jvp: {_OTHERWISE}")
         b = tangent_of(f(z_star))
         if b is None:
             return None
@@ -88,28 +93,74 @@ class AdjointGradient(Gradient):
         inputs: Sequence[Tensor],
     ) -> Tensor:
         if transforms := func_transforms():
-            if "Grad" in transforms:
-                raise RuntimeError(f"{self._refusal('torch.func.grad, vjp and jacrev')} or torch.autograd.grad")
-            return refuse_reverse(z_star, self._refusal("reverse mode over torch.func.jvp and vmap"), f(z_star))
+            return self._attach_in_func(f, z_star, state, start, report, transforms)
         transposed = TransposedJacobian.at(f, z_star)
         if transposed.is_zero:  # a constant f: there is nothing to differentiate
             return z_star
 
-        def solve(adjoint: Map, g: Tensor, scale: Tensor) -> Tensor:
-            solution = self.solve(adjoint, g, _usable_start(start, g, scale), state, transposed=True)
-            if isinstance(solution, Tensor):
-                return solution * scale
-            u = solution.value * scale
-            if report is not None:
-                report(solution._replace(value=u))
-            return u
-
+        solve = partial(self._solve_scaled, z_star, state, start, report)
         inputs = [t for t in inputs if t.requires_grad]
         connected = partial(self._connected_gradients, with_present_weights(f), z_star, transposed.fz, inputs)
         return _Adjoint.apply(transposed.fz, transposed.z, z_star, solve, connected, *inputs)
 
-    def _refusal(self, route: str) -> str:
-        return f"the gradient {type(self).__name__} does not serve {route}: use the gradient Unrolled"
+    def _solve_scaled(
+        self,
+        z_star: Tensor,
+        state: State | None,
+        start: Tensor | None,
+        report: BackwardCallback | None,
+        product: Map,
+        cotangent: Tensor,
+    ) -> Tensor:
+        """Return the adjoint u for a cotangent `(B, ...)`, by the product with J^T at `z_star`."""
+        # Per sample to unit size, so that no loss scale drives squared norms out of the range of float32.
+        g = Layout.of(z_star).arranged(cotangent.to(torch.promote_types(cotangent.dtype, torch.float32)))
+        scale = _scale_of(g)
+        g = g / scale
+
+        def adjoint(u: Tensor) -> Tensor:
+            return product(u).to(u.dtype) + g
+
+        solution = self.solve(adjoint, g, _usable_start(start, g, scale), state, transposed=True)
+        if isinstance(solution, Tensor):
+            return solution * scale
+        u = solution.value * scale
+        if report is not None:
+            report(solution._replace(value=u))
+        return u
+
+    def _attach_in_func(
+        self,
+        f: Map,
+        z_star: Tensor,
+        state: State | None,
+        start: Tensor | None,
+        report: BackwardCallback | None,
+        transforms: list[str],
+    ) -> Tensor:
+        """Attach the gradient inside transforms of `torch.func`, of which the innermost alone may be in reverse mode.
+
+        The adjoint is solved in the backward pass of that transform, where products with J^T are those of an inner vjp.
+        To transforms further out it is a constant.
+        """
+        name = type(self).__name__
+        if "Grad" not in transforms:
+            message = f"the gradient {name} has no reverse mode over torch.func.jvp and vmap: {_OTHERWISE}"
+            return refuse_reverse(z_star, message, f(z_star))
+        if set(transforms[:-1]) - {"Vmap"} or transforms[-1] != "Grad":
+            raise RuntimeError(
+                f"the gradient {name} serves torch.func.grad, vjp and jacrev as the innermost transform, inside of none"
+                f" but vmap: {_OTHERWISE}"
+            )
+        fz, pull = torch.func.vjp(f, z_star)
+        solve_scaled = partial(self._solve_scaled, z_star, state, start, report)
+
+        def solve(cotangent: Tensor) -> Tensor:
+            with torch.no_grad():
+                u = solve_scaled(lambda u: pull(u.to(fz.dtype))[0], cotangent).to(fz.dtype)
+            return refuse_reverse(u, f"the gradient {name} has no second derivative by torch.func: {_OTHERWISE}", fz)
+
+        return _FuncAdjoint.apply(fz, z_star, solve)
 
     def _connected_gradients(
         self, f: Map, z_star: Tensor, fz: Tensor, inputs: list[Tensor], g: Tensor, u: Tensor
@@ -223,22 +274,35 @@ class _Adjoint(torch.autograd.Function):
         if _functorch.is_legacy_batchedtensor(cotangent):
             raise RuntimeError(
                 "is_grads_batched=True and vectorize=True do not serve an equilibrium: back-propagate one cotangent at"
-                " a time, or use torch.func.jacfwd or the gradient Unrolled"
+                " a time, or use torch.func.jacrev or the gradient Unrolled"
             )
         if ctx.is_dual and forward_mode(cotangent):
             raise RuntimeError("an equilibrium has no forward mode over its reverse mode: use the gradient Unrolled")
         fz, z = ctx.saved_tensors
-        transposed = TransposedJacobian(z, fz)
         with torch.no_grad():
-            # Per sample to unit size, so that no loss scale drives squared norms out of the range of float32.
-            g = Layout.of(z).arranged(cotangent.to(torch.promote_types(cotangent.dtype, torch.float32)))
-            scale = _scale_of(g)
-            g = g / scale
-
-            def adjoint(u: Tensor) -> Tensor:
-                return transposed(u).to(u.dtype) + g
-
-            u = ctx.solve(adjoint, g, scale).to(fz.dtype)
+            u = ctx.solve(TransposedJacobian(z, fz), cotangent).to(fz.dtype)
         if torch.is_grad_enabled():  # create_graph=True
             return None, None, None, None, None, *ctx.connected(cotangent, u)
         return u, None, None, None, None, *[None] * ctx.inputs
+
+
+class _FuncAdjoint(torch.autograd.Function):
+    """Forward: the value of `z_star`. Backward: hands `u` to `fz`, inside a transform of `torch.func`."""
+
+    @staticmethod
+    def forward(fz: Tensor, z_star: Tensor, solve: Any) -> Tensor:
+        return z_star.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.solve = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.solve(grads[0]), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], fz: Tensor, z_star: Tensor, solve: Any) -> tuple[Tensor, Any]:
+        return refuse_reverse(
+            z_star, f"an adjoint has no reverse mode over torch.func.vmap: {_OTHERWISE}", fz
+        ), in_dims[1]

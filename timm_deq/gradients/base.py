@@ -21,10 +21,12 @@ class Gradient(ABC):
 
     Attributes:
         differentiates_solver: Whether the solve itself must be recorded by autograd.
+        attaches_tangent: Whether `attach` propagates tangents too, so that `tangent` is not called.
         required_solver: The solver whose state this gradient uses; None if any will do.
     """
 
     differentiates_solver: ClassVar[bool] = False
+    attaches_tangent: ClassVar[bool] = False
     required_solver: ClassVar[type[Solver] | None] = None
 
     def check_solver(self, solver: Solver) -> None:
@@ -103,7 +105,11 @@ class _WithGradientOf(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.dtype = inputs[0].dtype
+        ctx.dtype, ctx.value_dtype = inputs[0].dtype, output.dtype
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0].to(ctx.value_dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

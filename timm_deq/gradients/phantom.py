@@ -7,18 +7,18 @@ $$ \frac{\partial z_k}{\partial \theta} = \tau \sum_{i=0}^{k-1} \bigl((1-\tau) I
 
 a truncated, damped Neumann series of $(I - J)^{-1} \partial f / \partial \theta$, to which it converges as $k$ grows
 where the damped iteration contracts. $k = 1$, $\tau = 1$ is Jacobian-free backpropagation, JFB (Fung et al., AAAI
-2022). Its second derivatives are those of the truncated series, with $z^*$ held constant.
+2022). So are its derivatives of higher order, in either mode: those of the recorded steps, with $z^*$ held constant.
 """
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from timm_deq.fixed_point import Map
 from timm_deq.gradients.base import BackwardCallback, Gradient, with_gradient_of
 from timm_deq.solvers.base import State, check_integer, check_number
-from timm_deq.transforms import tangent_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Phantom(Gradient):
     Raises:
         ValueError: A setting out of its range.
     """
+
+    attaches_tangent: ClassVar[bool] = True
 
     steps: int = 5
     _: KW_ONLY
@@ -53,12 +55,7 @@ class Phantom(Gradient):
         report: BackwardCallback | None = None,
         inputs: Sequence[Tensor] = (),
     ) -> Tensor:
-        return with_gradient_of(z_star, self._steps(f, z_star))
-
-    def tangent(self, f: Map, z_star: Tensor, *, state: State | None = None) -> Tensor | None:
-        return tangent_of(self._steps(f, z_star))
-
-    def _steps(self, f: Map, z: Tensor) -> Tensor:
+        z = z_star
         for _ in range(self.steps):
             z = z + self.damping * (f(z) - z)
-        return z
+        return with_gradient_of(z_star, z)

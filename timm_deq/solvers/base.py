@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from timm_deq.transforms import forward_mode, func_transforms
+from timm_deq.transforms import forward_mode, func_transforms, inside_vmap, recorded_by_proxies, requires_grad
 
 State = Any
 """What a solver carries from step to step: a NamedTuple of tensors `(B, ...)` and Python integers, or ()."""
@@ -143,8 +143,8 @@ def is_differentiated(*tensors: Tensor) -> bool:
     """
     if isinstance(tensors[0], fx.Proxy):
         return True
-    recorded = is_exporting() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-    return recorded or forward_mode(tensors[0]) or (not torch.compiler.is_compiling() and "Vmap" in func_transforms())
+    recorded = is_exporting() or (torch.is_grad_enabled() and any(map(requires_grad, tensors)))
+    return recorded or forward_mode(tensors[0]) or inside_vmap()
 
 
 def can_read_without_sync(z: Tensor) -> bool:
@@ -159,7 +159,8 @@ def is_tracing(z: Tensor) -> bool:
         or torch.compiler.is_compiling()  # torch.compile and torch.export
         or torch.jit.is_tracing()
         or z.is_meta
-        or isinstance(z, FakeTensor)
+        or type(z) is FakeTensor
+        or recorded_by_proxies()
         or "Vmap" in func_transforms()  # of a batch of programs, one value cannot be read
     )
 
