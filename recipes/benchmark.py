@@ -53,6 +53,7 @@ def layer(args: argparse.Namespace) -> Tables:
         "one model": part.one_model(args.device, args.rounds),
         "channels_last": part.channels_last(args.device, args.rounds),
         "second derivative": part.second_derivative(args.device),
+        "gradient errors": part.gradient_errors(args.device),
     }
 
 

@@ -1,11 +1,13 @@
-"""The layer, solve and backward pass, against TorchDEQ's `get_deq` and against the explicit twin: four tables.
+"""The layer, solve and backward pass, against TorchDEQ's `get_deq` and against the explicit twin: five tables.
 
 1. one cell: milliseconds of 20 evaluations and as many products with the Jacobian, whatever the residual, beside those
    of the bare cell, by solver, gradient, dtype and layout;
 2. a model: milliseconds of a training step of `deq_resnet8_cifar` with its default settings, beside the same model with
    the peer's layer in place of ours, and beside its explicit twin;
 3. channels_last: what it gains at 224 px, for `deq_resnet18` and its twin, whole and in their last stages alone;
-4. peak memory of a second derivative against the evaluations allowed, in units of one state.
+4. peak memory of a second derivative against the evaluations allowed, in units of one state;
+5. the residual of a sample, and the relative error of its gradient against an exact solve in float64, by gradient,
+   tolerance and dtype.
 
 A ratio below 1 is in our favour. Everything is timed in turns, and medians are taken. The peer is Geng & Kolter,
 "TorchDEQ: A Library for Deep Equilibrium Models", arXiv 2310.18605, with its `autograd.Function` for the implicit
@@ -25,8 +27,19 @@ from torchdeq import get_deq
 
 from recipes.benchmarks.solvers import NEVER, peak_bytes
 from recipes.benchmarks.tables import Row, compared, in_turn
-from timm_deq import Anderson, Broyden, Equilibrium, Implicit, Phantom, Picard, Solver
-from timm_deq.models.deq_resnet import DEQResNet, ResidualCell
+from timm_deq import (
+    Anderson,
+    Broyden,
+    Equilibrium,
+    Gradient,
+    Implicit,
+    Neumann,
+    Phantom,
+    Picard,
+    SolveLog,
+    Solver,
+)
+from timm_deq.models.deq_resnet import ResidualCell
 
 CALLS, PHANTOM_STEPS = 20, 5
 CELLS = ((64, 64, 4), (64, 64, 8))  # batch, channels, height and width
@@ -44,6 +57,20 @@ MODEL, IMAGES = "deq_resnet8_cifar", (64, 3, 32, 32)
 LARGE_MODEL, LARGE_IMAGES = "deq_resnet18", (4, 3, 224, 224)
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 SECOND_CALLS = (10, 20, 40)
+ERROR_CELL = (32, 64, 4)
+# Tolerance, budget, gradient (None: implicit) and dtype, by name.
+ACCURACIES: dict[str, tuple[float, int, Gradient | None, str]] = {
+    "implicit, as by default": (1e-3, 20, None, "float32"),
+    "implicit, tol 1e-4": (1e-4, 100, None, "float32"),
+    "implicit, tol 1e-5": (1e-5, 100, None, "float32"),
+    "implicit, tol 1e-7, as `exact=True`": (1e-7, 200, None, "float32"),
+    "implicit, tol 1e-9, as `exact=True`": (1e-9, 200, None, "float64"),
+    "implicit, as by default, under autocast": (1e-3, 20, None, "bfloat16"),
+    "implicit, tol 1e-7, under autocast": (1e-7, 60, None, "bfloat16"),
+    "`Phantom()`": (1e-3, 20, Phantom(), "float32"),
+    "`Neumann()`": (1e-3, 20, Neumann(), "float32"),
+    "`Phantom(1, damping=1)`, JFB": (1e-3, 20, Phantom(1, damping=1.0), "float32"),
+}
 
 
 class PeerLayer(nn.Module):
@@ -105,11 +132,11 @@ def one_cell(device: torch.device, rounds: int) -> Iterator[Row]:
 
 
 def problem(
-    batch: int, channels: int, size: int, layout: str, device: torch.device
+    batch: int, channels: int, size: int, layout: str, device: torch.device, *, gain: float = 0.1
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """A cell, its input and a cotangent."""
     torch.manual_seed(0)
-    cell = ResidualCell(channels, width=channels, bottleneck=False, num_groups=8)
+    cell = ResidualCell(channels, width=channels, bottleneck=False, num_groups=8, branch_gain=gain)
     cell.init_weights()
     x, g = (torch.randn(batch, channels, size, size, device=device).to(memory_format=LAYOUTS[layout]) for _ in range(2))
     return cell.to(device).to(memory_format=LAYOUTS[layout]), x.requires_grad_(), g
@@ -157,10 +184,10 @@ def one_model(device: torch.device, rounds: int) -> Iterator[Row]:
         yield row | compared("ms", times["ours"], times["peer"]) | {"ours / twin": times["ours"] / times["twin"]}
 
 
-def create(name: str, gradient: str, layout: str, device: torch.device) -> DEQResNet:
+def create(name: str, gradient: str, layout: str, device: torch.device) -> nn.Module:
     """Create our model, the same with the peer's layer, or the explicit twin, ready to be trained."""
     torch.manual_seed(0)
-    model = timm.create_model(MODEL, num_classes=10, gradient=gradient, equilibrium=name != "twin")
+    model: Any = timm.create_model(MODEL, num_classes=10, gradient=gradient, equilibrium=name != "twin")
     if name == "peer":
         layer = model.layer4.equilibrium
         model.layer4.equilibrium = PeerLayer(
@@ -169,12 +196,12 @@ def create(name: str, gradient: str, layout: str, device: torch.device) -> DEQRe
     return model.train().to(device).to(memory_format=LAYOUTS[layout])
 
 
-def counted_step(model: DEQResNet, images: Tensor, labels: Tensor, dtype: str) -> Counted | None:
+def counted_step(model: nn.Module, images: Tensor, labels: Tensor, dtype: str) -> Counted | None:
     """Take a training step of a model that has a cell, as a warm-up, and count its evaluations; leave it as it was."""
-    if not model.equilibrium:
+    layer: Any = getattr(model.layer4, "equilibrium", None)
+    if layer is None:
         train(model, images, labels, dtype)
         return None
-    layer = model.layer4.equilibrium
     layer.cell = counted = Counted(layer.cell)
     train(model, images, labels, dtype)
     layer.cell = counted.cell
@@ -191,7 +218,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, dtype: str) -> None:
 def channels_last(device: torch.device, rounds: int) -> Iterator[Row]:
     """What channels_last gains, of a whole model and of its last stage, for equilibrium and twin, in per cent."""
     images = torch.randn(LARGE_IMAGES, device=device)
-    models = {}
+    models: dict[tuple[str, str], Any] = {}
     for kind, layout in product(("deq", "twin"), LAYOUTS):
         torch.manual_seed(0)
         model = timm.create_model(LARGE_MODEL, equilibrium=kind == "deq").train()
@@ -199,9 +226,7 @@ def channels_last(device: torch.device, rounds: int) -> Iterator[Row]:
     with torch.no_grad():
         net = models["twin", "NCHW"]
         h0 = net.layer3(net.layer2(net.layer1(net.maxpool(net.act1(net.bn1(net.conv1(images)))))))
-    for part, given, backward in product(("model", "stage 4"), (images, h0), (False, True)):
-        if (part == "model") != (given is images):
-            continue
+    for (part, given), backward in product((("model", images), ("stage 4", h0)), (False, True)):
         runs = {}
         for (kind, layout), model in models.items():
             module = model if part == "model" else model.layer4
@@ -247,6 +272,23 @@ class Decay(nn.Module):
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         return (z / 2 + x).tanh()
+
+
+def gradient_errors(device: torch.device) -> Iterator[Row]:
+    """Errors of the gradient in the input of a layer, and what they cost, by gradient, tolerance and dtype."""
+    for name, (tol, calls, gradient, dtype) in ACCURACIES.items():
+        cell, x, g = problem(*ERROR_CELL, "NCHW", device, gain=0.5)  # training makes it larger than at first
+        precision = torch.float64 if dtype == "float64" else torch.float32
+        solver = Anderson(tol, calls)
+        layer = Equilibrium(cell.to(precision), solver=solver, gradient=gradient or Implicit(solver))
+        layer.cell = counted = Counted(layer.cell)
+        x = x.detach().to(precision).requires_grad_()
+        solve(layer, x, g.to(precision), dtype)
+        row: Row = {"gradient": name, "dtype": dtype, "evaluations": counted.calls, "products": counted.products}
+        with SolveLog(layer, gradient_error=True) as log:
+            solve(layer, x, g.to(precision), dtype)
+        row |= {"median residual": log.residual.median().item(), "max residual": log.residual.max().item()}
+        yield row | {f"{which} error": log.summary()[f"{which}_gradient_error"] for which in ("median", "max")}
 
 
 def autocast(dtype: str, device: torch.device) -> torch.autocast:

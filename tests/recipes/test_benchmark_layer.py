@@ -69,11 +69,19 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(part, "LARGE_MODEL", "deq_resnet8_cifar")
     monkeypatch.setattr(part, "LARGE_IMAGES", (2, 3, 16, 16))
     monkeypatch.setattr(part, "SECOND_CALLS", (7, 14))
+    monkeypatch.setattr(part, "ERROR_CELL", (2, 64, 2))
     file = tmp_path / "benchmark.json"
     assert benchmark.main(["layer", "--threads", "1", "--rounds", "1", "--json", str(file)]) == 0
     assert "channels_last" in capsys.readouterr().out
     written = json.loads(file.read_text())
-    assert list(written) == ["environment", "one cell", "one model", "channels_last", "second derivative"]
+    assert list(written) == [
+        "environment",
+        "one cell",
+        "one model",
+        "channels_last",
+        "second derivative",
+        "gradient errors",
+    ]
     for row in written["one cell"]:
         assert row["ours / bare"] == row["ms, ours"] / row["bare ms"] and row["ms, ratio"] > 0
     assert [(row["gradient"], row["layout"], row["dtype"]) for row in written["one model"][:2]] == [
@@ -82,5 +90,7 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch):
     ]
     for row in written["channels_last"]:
         assert row["deq, gain %"] == pytest.approx(100 * (1 - row["deq, NHWC ms"] / row["deq, NCHW ms"]))
+    errors = {row["gradient"]: row["max error"] for row in written["gradient errors"]}
+    assert errors["implicit, tol 1e-9, as `exact=True`"] < 1e-6 < errors["`Phantom(1, damping=1)`, JFB"]
     peaks = [row["peak states"] for row in written["second derivative"]]
     assert peaks[0] == pytest.approx(peaks[1], abs=0.5)  # bounded in the budget

@@ -415,6 +415,26 @@ def test_set_solver_refuses_and_changes_nothing():
         set_solver(model(equilibrium=False), max_steps=3)
 
 
+@pytest.mark.parametrize("name", ["deq_resnet8_cifar", "deq_resnet18"])
+def test_a_fresh_model_converges_in_evaluation_once_its_batch_norms_have_seen_a_batch(name):
+    """With statistics of 0 and 1 what is injected is small, and the cell, which ends in a norm, hardly contracts."""
+    net, injected = model(name), []
+    net.layer4.injection.register_forward_hook(lambda module, args, x: injected.append(x.std().item()))
+
+    def converged():
+        with SolveLog(net.eval()) as log, torch.no_grad():
+            net(IMAGES)
+        return log.summary()["converged"], injected[-1] > 0.8
+
+    assert converged() == (0, False)
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the mean of all batches
+    with torch.no_grad():
+        net.train()(IMAGES)
+    assert converged() == (1, True)
+
+
 def test_fewer_steps_cost_fewer_evaluations():
     net = model().train()
     steps = {}
