@@ -202,6 +202,7 @@ def tsne_figure(look: Look, counts: Sequence[int]) -> Figure | None:
             name = label(look.class_names[int(k)], most=14, instead=str(k))
             place: dict[str, Any] = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "va": "bottom"}
             axes.annotate(name, (x, y), **place, weight="bold", gid="halo")
+    axes.set_aspect("equal", adjustable="datalim")
     axes.set_axis_off()
     return figure
 
