@@ -32,7 +32,8 @@ class CollapseCallback(TrainerCallback):
     def __init__(self, trainer: Trainer, *, dataset: Any = None, every: int = 1, **settings: Any) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        self.trainer, self.dataset, self.every, self.settings = trainer, dataset, every, settings
+        self.trainer: Any = trainer
+        self.dataset, self.every, self.settings = dataset, every, settings
         self.reports: dict[int, CollapseReport] = {}
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

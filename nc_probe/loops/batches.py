@@ -71,7 +71,7 @@ def read_batch(
     if inputs is None:
         inputs = _find_inputs([name for name in entries if name not in (labels, mask)], keywords)
     names = [inputs] if isinstance(inputs, str | int) else list(inputs)
-    values = {name: _entry(entries, "inputs", name) for name in names}
+    values: dict[Any, Any] = {name: _entry(entries, "inputs", name) for name in names}
     if len(names) > 1 or names[0] in keywords:
         return Batch((), values, found, shown)
     return Batch(tuple(values.values()), {}, found, shown)
