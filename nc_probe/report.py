@@ -34,10 +34,9 @@ class CollapseReport:
     """Neural collapse of some classes: all of them, or in `groups` those of a group, about the centre of all.
 
     NaN stands for what is absent or undefined. Per-class tuples and matrices are in the order of `classes`, which are
-    those with samples; the measures of the classifier alone take its rows for all classes, but for SELI and the
-    orthogonal frame, which need samples. `nc_probe.measures` has the
-    formulas. SELI and the frame follow from the class counts of the samples seen: measured on the training set, those
-    trained on. A group is compared with its part of the geometry of all classes.
+    those with samples; so are the rows of the classifier that are measured. `nc_probe.measures` has the formulas.
+    SELI and the frame follow from the class counts of the samples seen: measured on the training set, those trained on.
+    A group is compared with its part of the geometry of all classes.
 
     Attributes:
         center: "balanced" (every class counts once in centre, S_W, S_B and NC4) or "empirical" (by its count).

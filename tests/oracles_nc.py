@@ -101,13 +101,12 @@ def report(x, labels, W, b, *, center="balanced", classes=None):
     S = {k: sum(np.outer(v, v) for v in of[k] - mu[k]) / n[k] for k in present}
     part = sum(mass[k] for k in shown)
 
-    out = rows_alone(W[classes], K_rows, "_weight")
-    out |= {"classes": shown, "samples": sum(n[k] for k in shown), "class_count": [n[k] for k in shown]}
+    out = {"classes": shown, "samples": sum(n[k] for k in shown), "class_count": [n[k] for k in shown]}
     if not m:
         return out
     pi = {k: mass[k] / part for k in shown}
     M, V = np.array([mu[k] - mu_G for k in shown]), W[shown]
-    out |= rows_alone(M, K, "")
+    out |= rows_alone(M, K, "") | rows_alone(V, K_rows, "_weight")
     out["mean_square_norm"] = sum(pi[k] * float((of[k] ** 2).sum()) / n[k] for k in shown)
     S_W = sum(pi[k] * S[k] for k in shown)
     S_B = sum(pi[k] * np.outer(mu[k] - mu_G, mu[k] - mu_G) for k in shown)

@@ -49,6 +49,11 @@ class LinearMap(NamedTuple):
         return _whole(self.module.weight).flatten(1)
 
     @property
+    def num_features(self) -> int:
+        """d"""
+        return self.module.weight.shape[1]
+
+    @property
     def bias(self) -> Tensor | None:
         """(K,)"""
         return None if self.module.bias is None else _whole(self.module.bias)
@@ -116,7 +121,19 @@ class Head(NamedTuple):
     @property
     def weight(self) -> Tensor:
         """(K, d) float64, d the sum of the lengths of the features."""
+        if len(self.maps) == 1:
+            return self.maps[0].weight.double()
         return torch.cat([p * m.weight.double() for p, m in zip(self.shares.tolist(), self.maps, strict=True)], 1)
+
+    @property
+    def num_classes(self) -> int:
+        """K"""
+        return self.maps[0].module.weight.shape[0]
+
+    @property
+    def num_features(self) -> int:
+        """d"""
+        return sum(linear.num_features for linear in self.maps)
 
     @property
     def bias(self) -> Tensor | None:
@@ -170,7 +187,7 @@ def count_classes(head: Head | None, given: int | None) -> int:
     Raises:
         ValueError: it is not known, or known twice and not the same.
     """
-    known = None if head is None else head.maps[0].weight.shape[0]
+    known = None if head is None else head.num_classes
     number = given if known is None else known
     if number is None:
         raise ValueError("num_classes must be given for a model without classifier, got None")

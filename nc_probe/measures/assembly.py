@@ -8,9 +8,10 @@ from torch import Tensor
 
 from nc_probe.measures import formulas, pairwise
 from nc_probe.measures.agreement import Agreement, shares
-from nc_probe.measures.conventions import CONVENTIONS, INVERSES, check_conventions
+from nc_probe.measures.conventions import CONVENTIONS, INVERSES, SAME_IF_BALANCED, check_conventions
 from nc_probe.measures.geometry import check_weight_decay, orthogonal_frame, seli, simplex_etf
 from nc_probe.moments.class_moments import ClassMoments
+from nc_probe.moments.decisions import Scores
 from nc_probe.moments.precision import float64_context
 from nc_probe.moments.second_pass import SecondPassStats
 
@@ -99,7 +100,10 @@ class Measurement:
             self._inverses |= {name: self._inverse(classes) for name, classes in self.members.items()}
             if not self._inverses[None].rank:
                 self.centered.zero_()  # all means coincide, but for the rounding of their centre
-            self._published = {p: INVERSES[p](moments) for p in self.papers if p in INVERSES}
+            # Where every class counts once that of a paper may be ours.
+            same = SAME_IF_BALANCED if bool((n[n > 0] == n.max()).all()) else SAME_IF_BALANCED - {"zhu2021"}
+            self._ours = {p for p in self.papers if center == "balanced" and p in same}
+            self._published = {p: INVERSES[p](moments) for p in self.papers if p in INVERSES and p not in self._ours}
 
     @property
     def bases(self) -> list[tuple[Tensor, Tensor]]:
@@ -124,6 +128,9 @@ class Measurement:
         with float64_context(self.moments.device):
             names = [*self._inverses, *self._published]
             projected = dict(zip(names, looked.projected, strict=True)) if looked else {}
+            projected |= {paper: projected[None] for paper in self._ours} if looked else {}
+            inverses = self._inverses | self._published | dict.fromkeys(self._ours, self._inverses[None])
+            projected = {name: value for name, value in projected.items() if inverses[name].rank}
             whole = self._part(None, torch.arange(self.moments.num_classes), agreement, projected)
             parts = {name: self._part(name, classes, agreement, projected) for name, classes in self.members.items()}
             published = {
@@ -182,8 +189,8 @@ class Measurement:
         }
         if len(shown):
             values |= self._means(shown) | self._within(name, shown, projected.get(name))
-        if self.weight is not None and len(classes):
-            values |= self._classifier(classes, shown)
+            if self.weight is not None:
+                values |= self._classifier(shown)
         if agreement is not None:
             values |= shares(agreement, shown, n, self.pi[shown])
         return values
@@ -196,7 +203,6 @@ class Measurement:
         variance = self.moments.trace[shown] / n
         values = {
             "nc1_trace": formulas.trace_quotient(pi @ variance, pi @ M.square().sum(1)),
-            "cdnv": pairwise.cdnv(M, variance),
             "nc2_norm": formulas.equinorm(M),
             "mean_norm": formulas.mean_norm(M),
             "mean_square_norm": float(pi @ (variance + self.moments.mean[shown].square().sum(1))),
@@ -207,8 +213,9 @@ class Measurement:
         }
         if m > 1:
             position = self.position[shown]
-            values["nc2_angle"], values["nc2_maxangle"] = pairwise.equiangle(M, num_classes=K)
-            values["gnc2_log"], values["gnc2_riesz"] = pairwise.uniformity_gap(M, num_classes=K)
+            pairs = pairwise.compare_means(M, variance, num_classes=K)
+            values |= {"cdnv": pairs.cdnv, "nc2_angle": pairs.angle, "nc2_maxangle": pairs.maxangle}
+            values |= {"gnc2_log": pairs.log_gap, "gnc2_riesz": pairs.riesz_gap}
             values["nc2_etf"] = pairwise.gram_distance(M, simplex_etf(K, size=m))
             values["nc2_seli"] = pairwise.gram_distance(M, self.seli[1].subset(position))
             values["nc2_gof"] = pairwise.gram_distance(self.moments.mean[shown], self.frame[1].subset(position))
@@ -236,33 +243,28 @@ class Measurement:
             values["nc1_source"] = "a pooled scatter"
         return values
 
-    def _classifier(self, classes: Tensor, shown: Tensor) -> dict[str, Any]:
-        """What the classifier says, alone and beside the class means."""
+    def _classifier(self, shown: Tensor) -> dict[str, Any]:
+        """What the classifier's rows of classes with samples say, alone and beside the class means."""
         assert self.weight is not None
-        W, K = self.weight[classes], len(self.weight)
+        W, M, K, position = self.weight[shown], self.centered[shown], len(self.weight), self.position[shown]
+        cosines = formulas.self_duality_cosines(W, M)
+        bias = self.weight.new_zeros(K) if self.bias is None else self.bias
+        chosen = Scores(self.weight, bias).highest(self.moments.mean[shown])
         values: dict[str, Any] = {
             "nc2_norm_weight": formulas.equinorm(W),
             "mean_norm_weight": formulas.mean_norm(W),
             "mean_square_norm_weight": float(W.square().sum(1).mean()),
             "mean_cosine_weight": pairwise.mean_cosine(W),
+            "nc2_seli_weight": pairwise.gram_distance(W, self.seli[0].subset(position)),
+            "nc2_gof_weight": pairwise.gram_distance(W, self.frame[0].subset(position)),
+            "class_norm_weight": tuple(W.norm(dim=1).tolist()),
+            "weight": W.cpu(),
+            "nc3": formulas.self_duality(W, M),
+            "nc3_cosine": float(cosines.mean()),
+            "class_nc3_cosine": tuple(cosines.tolist()),
+            "mean_accuracy": float((chosen.cpu() == shown).double().mean()),
         }
-        if len(classes) > 1:
+        if len(shown) > 1:
             values["nc2_angle_weight"], values["nc2_maxangle_weight"] = pairwise.equiangle(W, num_classes=K)
             values["nc2_etf_weight"] = pairwise.gram_distance(W, simplex_etf(K, size=len(W)))
-        if len(shown):
-            W, M, position = self.weight[shown], self.centered[shown], self.position[shown]
-            values["nc2_seli_weight"] = pairwise.gram_distance(W, self.seli[0].subset(position))
-            values["nc2_gof_weight"] = pairwise.gram_distance(W, self.frame[0].subset(position))
-            cosines = formulas.self_duality_cosines(W, M)
-            bias = 0 if self.bias is None else self.bias
-            tiles = self.moments.mean[shown].split(pairwise.TILE)
-            chosen = torch.cat([(tile @ self.weight.T + bias).argmax(1) for tile in tiles])
-            values |= {
-                "class_norm_weight": tuple(W.norm(dim=1).tolist()),
-                "weight": W.cpu(),
-                "nc3": formulas.self_duality(W, M),
-                "nc3_cosine": float(cosines.mean()),
-                "class_nc3_cosine": tuple(cosines.tolist()),
-                "mean_accuracy": float((chosen.cpu() == shown).double().mean()),
-            }
         return values

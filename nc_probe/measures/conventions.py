@@ -21,7 +21,16 @@ from nc_probe.measures.geometry import simplex_etf
 from nc_probe.moments.class_moments import ClassMoments
 from nc_probe.moments.precision import float64_context
 
-__all__ = ["CONVENTIONS", "INVERSES", "check_conventions", "fang2021", "papyan2020", "rhubarbwu", "zhu2021"]
+__all__ = [
+    "CONVENTIONS",
+    "INVERSES",
+    "SAME_IF_BALANCED",
+    "check_conventions",
+    "fang2021",
+    "papyan2020",
+    "rhubarbwu",
+    "zhu2021",
+]
 
 NAN = math.nan
 
@@ -51,7 +60,7 @@ def papyan2020(
         n, mu = moments.count[seen], moments.mean[seen]
         M = mu - mu.mean(0)
         norm, angle = _unbiased_equinorm(M), pairwise.equiangle(M)[1]
-        values = {"nc1": _nc1(moments, _papyan_inverse(moments), spread), "nc2_norm": norm, "nc2_norm_weight": NAN}
+        values = {"nc1": _nc1(moments, _papyan_inverse, spread), "nc2_norm": norm, "nc2_norm_weight": NAN}
         values |= {"nc2_angle": angle, "nc2_angle_weight": NAN, "nc3": NAN, "nc4": NAN}
         if W is not None:
             values["nc2_norm_weight"] = _unbiased_equinorm(W)
@@ -88,7 +97,7 @@ def zhu2021(
         K, n, mu = int(seen.sum()), moments.count[seen].double(), moments.mean[seen]
         center = (n / n.sum()) @ mu
         M = mu - center
-        values = {"nc1": _nc1(moments, _zhu_inverse(moments), spread) / K, "nc2": NAN, "nc3": NAN, "nc3_bias": NAN}
+        values = {"nc1": _nc1(moments, _zhu_inverse, spread) / K, "nc2": NAN, "nc3": NAN, "nc3_bias": NAN}
         if W is not None:
             if len(W) > 1:
                 values["nc2"] = pairwise.gram_distance(W, simplex_etf(len(W)))
@@ -154,7 +163,7 @@ def rhubarbwu(
         seen = moments.count > 0
         K, n, mu = int(seen.sum()), moments.count[seen].double(), moments.mean[seen]
         M = mu - mu.mean(0)
-        values = {"covariance_ratio": _nc1(moments, _papyan_inverse(moments), spread) / K}
+        values = {"covariance_ratio": _nc1(moments, _papyan_inverse, spread) / K}
         values["variability_cdnv"] = pairwise.cdnv(M, moments.trace[seen] / n)
         values["simplex_etf_error"] = pairwise.gram_distance(M, simplex_etf(K)) if K > 1 else NAN
         values |= _kernels(M) | {"self_duality_error": NAN, "similarities_variance": NAN, "clf_ncc_agreement": NAN}
@@ -218,22 +227,26 @@ INVERSES: Mapping[str, Callable[[ClassMoments], formulas.BetweenInverse]] = {
 }
 """S_B^+ = B B^T of the conventions whose NC1 needs it, so that tr(B^T S_k B) can be had from a second look."""
 
+SAME_IF_BALANCED = {"papyan2020", "zhu2021", "rhubarbwu"}
+"""Those whose S_B is that of a report in which every class counts once: of `zhu2021` for equal counts alone."""
+
 
 def _rows(moments: ClassMoments, weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.detach().to(moments.mean)
 
 
-def _nc1(moments: ClassMoments, inverse: formulas.BetweenInverse, spread: Tensor | None) -> float:
+def _nc1(
+    moments: ClassMoments, invert: Callable[[ClassMoments], formulas.BetweenInverse], spread: Tensor | None
+) -> float:
     """tr(S_W S_B^+) with S_W over all samples; `spread` (K,) is tr(B^T S_k B), if known."""
     n = moments.count.double()
-    if inverse.rank == 0:
-        return NAN
     if spread is not None:
         return float(spread.sum() / n.sum())
+    inverse = invert(moments)
     per_sample = torch.full_like(n, 1 / float(n.sum()))
     return (
         formulas.nc1(inverse, moments.within_class_scatter(per_sample), 1)
-        if moments.supports_weights(per_sample)
+        if inverse.rank and moments.supports_weights(per_sample)
         else NAN
     )
 

@@ -14,19 +14,81 @@ Sources:
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nc_probe.measures.geometry import ReferenceGram, simplex_etf_cosine
 
-__all__ = ["cdnv", "cosine_gram", "equiangle", "gram_distance", "mean_cosine", "squared_gaps", "unit", "uniformity_gap"]
+__all__ = [
+    "PairMeasures",
+    "cdnv",
+    "compare_means",
+    "cosine_gram",
+    "equiangle",
+    "gram_distance",
+    "mean_cosine",
+    "squared_gaps",
+    "uniformity_gap",
+    "unit",
+]
 
-# Rows of a K x K matrix held at once: 512 x 21841 float64 is 89 MB, the whole would be 3.8 GB.
-TILE = 512
+# Rows of a K x K matrix held at once: 128 x 21841 float64 is 22 MB, the whole would be 3.8 GB.
+TILE = 128
 
 # Numbers in the differences of pairs taken at once: 4 MB.
 PAIRS = 2**19
+
+
+class PairMeasures(NamedTuple):
+    """What `cdnv`, `equiangle` and `uniformity_gap` find."""
+
+    cdnv: float
+    angle: float
+    maxangle: float
+    log_gap: float
+    riesz_gap: float
+
+
+def compare_means(means: Tensor, variances: Tensor, *, num_classes: int | None = None) -> PairMeasures:
+    """Compute CDNV, angles and energies of class means in one pass over their pairs.
+
+    All follow from the squared distances g of the directions: cos = 1 - g/2, and with norms a and b
+
+        ||mu_i - mu_j||^2 = (a - b)^2 + a b g,
+
+    which has all digits but where means are close, and is nothing where one is zero: `cdnv` is then asked by itself.
+
+    Args:
+        means: (m, d) centred class means: all K, or those of a group.
+        variances: (m,) v_k = tr S_k / n_k.
+        num_classes: K of the simplex that the means should be part of. Default: m.
+    """
+    m, norms = len(means), means.norm(dim=1)
+    if m < 2:
+        return PairMeasures(*[math.nan] * 5)
+    target, mean, energies = simplex_etf_cosine(num_classes or m), mean_cosine(means), _Energies(means, num_classes)
+    ratio = squares = deviation = 0.0
+    far, filled = True, 0
+    for start, gaps in squared_gaps(unit(means)):
+        energies.add(gaps)
+        a, b = norms[start : start + len(gaps), None], norms[start:]
+        distances = torch.addcmul((a - b).square_(), a * b, gaps)  # infinite where i >= j
+        far = far and bool((distances / torch.addcmul(a.square(), b, b)).amin() > 1e-4)  # not so where NaN
+        v = variances[start:]
+        ratio += float(((v[: len(gaps), None] + v) / distances).sum())
+        cosines = gaps.masked_fill_(_seen(gaps), 2 - 2 * mean).div_(-2).add_(1)  # those not asked for at the mean
+        filled += len(gaps) * (len(gaps) + 1) // 2
+        squares += float((cosines - mean).square_().sum())
+        deviation += float(cosines.sub_(target).abs_().sum())
+    pairs = m * (m - 1) / 2
+    return PairMeasures(
+        ratio / (2 * pairs) if far else cdnv(means, variances),
+        math.sqrt(squares / pairs),
+        max(deviation - filled * abs(mean - target), 0.0) / pairs if not math.isnan(deviation) else math.nan,
+        *energies.gaps(),
+    )
 
 
 def cdnv(means: Tensor, variances: Tensor) -> float:
@@ -71,18 +133,33 @@ def uniformity_gap(rows: Tensor, *, num_classes: int | None = None) -> tuple[flo
     Returns:
         The gaps for the logarithmic and for the Riesz kernel.
     """
-    m, s = len(rows), rows.shape[1] - 2
-    if m < 2:
+    if len(rows) < 2:
         return math.nan, math.nan
-    total, parts = 0.0, []
+    energies = _Energies(rows, num_classes)
     for _, gaps in squared_gaps(unit(rows)):
-        logs = -gaps.log() / 2
-        parts.append((s * logs).flatten().logsumexp(0))
-        total += float(logs.masked_fill_(gaps == math.inf, 0.0).sum())
-    pairs, etf = m * (m - 1) / 2, math.log(2 - 2 * simplex_etf_cosine(num_classes or m)) / 2
-    log_gap = total / pairs + etf
-    riesz_gap = float(torch.stack(parts).logsumexp(0) - math.log(pairs)) / s + etf if s > 0 else math.nan
-    return log_gap, riesz_gap
+        energies.add(gaps)
+    return energies.gaps()
+
+
+class _Energies:
+    """Both energies, summed tile by tile over the squared distances of directions."""
+
+    def __init__(self, rows: Tensor, num_classes: int | None) -> None:
+        m, self._power = len(rows), rows.shape[1] - 2
+        self._pairs, self._etf = m * (m - 1) / 2, math.log(2 - 2 * simplex_etf_cosine(num_classes or m)) / 2
+        self._total, self._parts = 0.0, []
+
+    def add(self, gaps: Tensor) -> None:
+        """Add a tile, infinite where nothing is to be added."""
+        logs = gaps.log().div_(-2)
+        self._parts.append((self._power * logs).flatten().logsumexp(0))
+        self._total += float(logs.masked_fill_(gaps == math.inf, 0.0).sum())
+
+    def gaps(self) -> tuple[float, float]:
+        """Return both, above those of the simplex."""
+        mean = float(torch.stack(self._parts).logsumexp(0)) - math.log(self._pairs)
+        riesz_gap = mean / self._power + self._etf if self._power > 0 else math.nan
+        return self._total / self._pairs + self._etf, riesz_gap
 
 
 def equiangle(rows: Tensor, *, num_classes: int | None = None) -> tuple[float, float]:
@@ -140,7 +217,11 @@ def gram_distance(rows: Tensor, reference: ReferenceGram, other: Tensor | None =
         return math.nan
     reference, other = reference.to(rows.device), rows if other is None else other
     # <a b^T, a b^T> = <a^T a, b^T b>: of K x K and d x d matrices take the smaller.
-    square = (rows @ other.T).square().sum() if m <= d else ((rows.T @ rows) * (other.T @ other)).sum()
+    if m <= d:
+        square = (rows @ other.T).square().sum()
+    else:
+        gram = rows.T @ rows
+        square = (gram * (gram if other is rows else other.T @ other)).sum()
     norm, reference_norm = math.sqrt(float(square)), reference.norm()
     if not norm * reference_norm > 0:
         return math.nan

@@ -114,11 +114,11 @@ class Scores:
     def _roughly(self, x: Tensor, error: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the class (B,) that leads in float32, and the indices of samples where it may be another."""
         if self._rounded is None:
-            self._rounded = self.bias.float()[:, None], self.weight.float()
+            self._rounded = self.bias.float(), self.weight.float().T
         rounded = x.float()
-        scores = torch.addmm(self._rounded[0], self._rounded[1], rounded.T)
-        top, chosen = scores.max(0)
-        second = scores.scatter_(0, chosen[None], -torch.inf).amax(0)
+        scores = torch.addmm(*self._rounded[:1], rounded, self._rounded[1])
+        top, chosen = scores.max(1)
+        second = scores.scatter_(1, chosen[:, None], -torch.inf).amax(1)
         lead = self._unit * ((rounded.norm(dim=1) + TINY) * self._size + self._offset)
         if error is not None:
             lead += 2 * self._size * error

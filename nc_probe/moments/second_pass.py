@@ -91,7 +91,8 @@ class SecondPass:
             elif directions < moments.num_features - 1:
                 self._span = torch.linalg.qr(means[seen].T)[0]
             self._means = means if self._span is None else means @ self._span
-            self._scores = Scores(self._means, torch.where(seen, -self._means.square().sum(1) / 2, -torch.inf))
+            self._seen = seen.nonzero()[:, 0]
+            self._scores = Scores(self._means[seen], -self._means[seen].square().sum(1) / 2)
             self._bases = []
             for basis, classes in bases:
                 member = torch.zeros_like(seen).index_fill_(0, classes.to(moments.device), True)
@@ -191,7 +192,7 @@ class SecondPass:
     def _nearest(self, p: Tensor, labels: Tensor, norms: Tensor, parts: list[Tensor]) -> Tensor:
         """Find the nearest class mean (n,) of samples, whose deviations from their own have `norms`."""
         if p.device.type != "cpu":
-            return self._scores.highest(p + self._anchors[labels])
+            return self._seen[self._scores.highest(p + self._anchors[labels])]
         error, nearest = self._unit * norms, labels.clone()
         distance = 1.0001 * torch.linalg.vector_norm(p, dim=1) + error + self._offset[labels]
         open_ = (~(distance < self._near[labels])).nonzero()[:, 0]  # NaN is
@@ -200,7 +201,7 @@ class SecondPass:
         of = labels[open_]
         place = p[open_] + self._anchors[of]
         if self.dtype == torch.float64:
-            nearest[open_] = self._scores.highest(place)
+            nearest[open_] = self._seen[self._scores.highest(place)]
             return nearest
 
         def exact(rows: Tensor) -> Tensor:
@@ -208,7 +209,8 @@ class SecondPass:
             return self._inside(x - self.moments.mean[mine]) + self._means[mine]
 
         rounding = 2 * UNIT * (torch.linalg.vector_norm(place, dim=1) + torch.linalg.vector_norm(p[open_], dim=1))
-        nearest[open_] = self._scores.highest(place, error=1.01 * (error[open_] + rounding), exact=exact)
+        found = self._scores.highest(place, error=1.01 * (error[open_] + rounding), exact=exact)
+        nearest[open_] = self._seen[found]
         return nearest
 
     def _compare(self, witness: WitnessRows) -> Tensor:
@@ -235,12 +237,13 @@ class SecondPass:
         Returns:
             What is left, and the largest relative error of it.
         """
-        n = self.moments.count
-        every = torch.arange(len(n), device=n.device)
-        lost = [n * over for over in self._squares(self._lost_inside, every, self._lost.norm(dim=1))]
-        left = [(value - over).clamp(min=0) for value, over in zip(sums, lost, strict=True)]
+        seen, left = self._seen, [value.clone() for value in sums]
+        n = self.moments.count[seen]
+        lost = self._squares(self._lost_inside[seen], seen, self._lost[seen].norm(dim=1))
+        for value, over in zip(left, lost, strict=True):
+            value[seen] = (value[seen] - n * over).clamp(min=0)
         # Of what is left, rounding is the larger part the more has been taken.
-        before, after = (torch.stack([(x / n.clamp(min=1)).sum() for x in values]) for values in (sums, left))
+        before, after = (torch.stack([(x[seen] / n).sum() for x in values]) for values in (sums, left))
         error = torch.where(before == 0, before, relative_error(compared) * before / after)
         return left, float(error.nan_to_num(torch.inf).max())
 

@@ -54,6 +54,9 @@ def test_against_loops(tile):
     for i, j in itertools.permutations(range(7), 2):
         total += float((variances[i] + variances[j]) / (2 * sum((rows[i] - rows[j]) ** 2)))
     assert pairwise.cdnv(rows, variances) == pytest.approx(total / 42)
+    both = pairwise.compare_means(rows, variances, num_classes=11)
+    apart = [pairwise.cdnv(rows, variances), *pairwise.equiangle(rows, num_classes=11)]
+    assert both == pytest.approx([*apart, *pairwise.uniformity_gap(rows, num_classes=11)], rel=1e-12)
     assert pairwise.cosine_gram(rows)[torch.triu_indices(7, 7, 1).unbind()].tolist() == pytest.approx(cosines.tolist())
 
 
@@ -118,6 +121,7 @@ def test_cdnv_of_merging_means_has_all_digits(tile, merged):
         gap = sum((Fraction(a) - Fraction(b)) ** 2 for a, b in zip(means[i].tolist(), means[j].tolist(), strict=True))
         total += Fraction(float(variances[i] + variances[j])) / (2 * gap)
     assert pairwise.cdnv(means, variances) == pytest.approx(float(total / 55), rel=1e-11)
+    assert pairwise.compare_means(means, variances).cdnv == pytest.approx(float(total / 55), rel=1e-11)
 
 
 def test_cdnv_of_merged_means_far_from_the_origin():
@@ -192,4 +196,24 @@ def test_undefined_is_nan():
     values = [*pairwise.equiangle(one), pairwise.mean_cosine(one), *pairwise.uniformity_gap(one)]
     values += [pairwise.gram_distance(one, simplex_etf(3, size=1)), pairwise.cdnv(one, one[0, :1])]
     values += [pairwise.gram_distance(zero, simplex_etf(3)), *pairwise.equiangle(zero), *pairwise.uniformity_gap(zero)]
+    values += [*pairwise.compare_means(one, one[0, :1]), *pairwise.compare_means(zero, torch.ones(3).double())[1:]]
     assert all(map(math.isnan, values))
+
+
+@pytest.mark.parametrize("K, d", [(3, 3), (40, 40), (10, 500)])
+def test_one_pass_finds_nothing_at_the_simplex(tile, K, d):
+    found = pairwise.compare_means(etf(K, d), torch.zeros(K).double())
+    assert found.cdnv == 0 and max(found.angle, found.maxangle) < 1e-14 and abs(found.log_gap) < 1e-13
+    near = pairwise.compare_means(torch.cat([etf(K, d), etf(K, d)[:1]]), torch.ones(K + 1).double())
+    assert near.cdnv == math.inf == near.log_gap, "two of them coincide"
+
+
+def test_one_pass_at_any_angle(tile):
+    """A merged group far from the simplex: what is filled in for pairs not asked for leaves no trace."""
+    gen = torch.Generator().manual_seed(0)
+    rows = torch.ones(9, 5).double() + 1e-6 * torch.randn(9, 5, generator=gen).double()
+    found = pairwise.compare_means(rows, torch.ones(9).double(), num_classes=12)
+    directions = rows - torch.ones(5).double() * (rows @ torch.ones(5).double() / 5)[:, None]  # what turns them apart
+    squares = torch.cdist(directions, directions).square()[torch.triu_indices(9, 9, 1).unbind()] / 5
+    assert found.angle == pytest.approx(float((squares / 2).std(correction=0)), rel=1e-3)
+    assert found.maxangle == pytest.approx(1 + 1 / 11, rel=1e-11)
