@@ -66,6 +66,7 @@ def probe(args: argparse.Namespace) -> Tables:
         merged.merged_figure().savefig(args.figures / "nc1_merged.png", dpi=150)
     return {
         "features in memory": part.features_in_memory(args.device, args.rounds),
+        "many classes": part.many_classes(args.device, args.rounds),
         "share of an evaluation": part.share_of_evaluation(args.device, args.rounds),
         "share of training": part.share_of_training(args.rounds),
         "merged minorities": merged.merged_minorities(),

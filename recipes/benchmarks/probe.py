@@ -5,8 +5,10 @@
    about them, one for the decisions, then its measures; in float32, its default, and in float64, which is our
    precision. Ours is NCProbe with the convention that has the peer's NC3. The peer has no ranks of features, so ours
    are in a row of their own. Errors of NC1 are relative to the full batch in float64;
-2. share of an evaluation: passes over images with and without the probe, in turns, and a report at the end;
-3. share of training: an epoch of the default run of recipes/train.py on images that are decoded already, and a pass
+2. many classes: the same for K = 1000 against the peer's float32, which takes 8 GB for differences of means there, and
+   for K = 21,841, where it would take 1.5 TB, beside the forward pass of the classifier alone;
+3. share of an evaluation: passes over images with and without the probe, in turns, and a report at the end;
+4. share of training: an epoch of the default run of recipes/train.py on images that are decoded already, and a pass
    over the same images in evaluation mode, with and without the probe and its report, which are timed inside it too.
 """
 
@@ -33,14 +35,14 @@ from recipes.settings.config import TrainConfig
 from recipes.training.checkpoint import create_model
 from recipes.training.manifest import choose_images
 
-__all__ = ["features_in_memory", "full_batch_nc1", "peer", "share_of_evaluation", "share_of_training"]
+__all__ = ["features_in_memory", "full_batch_nc1", "many_classes", "peer", "share_of_evaluation", "share_of_training"]
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 """Features or images (B, ...) and labels (B,)."""
 
 SAMPLES, FEATURES, CLASSES = 50_000, 512, 100
 BATCH_SIZES = (1000, 128)
-MODEL, IMAGES, BATCHES = "resnet50", (16, 3, 224, 224), 3
+MODEL, IMAGES, BATCHES = "resnet50", (32, 3, 224, 224), 3
 
 
 @torch.no_grad()
@@ -64,6 +66,32 @@ def features_in_memory(device: torch.device, rounds: int) -> Iterator[Row]:
             row: Row = {"batch": size, "peer": precision, "ranks, ours": ranks}
             row |= compared("ms", times[ranks], times[precision])
             yield row | {"NC1 error, ours": error[ranks], "NC1 error, peer": error[precision]}
+
+
+@torch.no_grad()
+def many_classes(device: torch.device, rounds: int) -> Iterator[Row]:
+    """Milliseconds from features to all measures for many classes, in batches of 1000."""
+    for samples, features, classes in ((20_000, 2048, 1000), (5000, 768, 21_841)):
+        x, labels, head = gaussian_classes(samples, features, classes)
+        if classes > samples:  # some classes twice or more, most of them never
+            labels = torch.randint(classes, (samples,), generator=torch.Generator().manual_seed(0))
+        x, labels, head = x.to(device), labels.to(device), head.to(device)
+        batches = list(zip(x.split(1000), labels.split(1000), strict=True))
+        runs: dict[str, Any] = {"ours": partial(ours, batches, head, spectrum=False)}
+        runs["head"] = lambda batches=batches, head=head: [head(x) for x, _ in batches]
+        if classes <= samples:
+            runs["peer"] = partial(peer, batches, head.weight, torch.float32)
+        runs["head"](), ours(batches[:1], head, spectrum=False)  # a warm-up
+        times = in_turn(runs, rounds, device)
+        row: Row = {
+            "N": samples,
+            "d": features,
+            "K": classes,
+            "ms, head alone": times["head"],
+            "ms, ours": times["ours"],
+        }
+        peers = times.get("peer")
+        yield row | {"ms, peer": peers, "ratio": None if peers is None else times["ours"] / peers}
 
 
 def gaussian_classes(samples: int, features: int, classes: int) -> tuple[Tensor, Tensor, nn.Linear]:
@@ -172,7 +200,7 @@ def share_of_evaluation(device: torch.device, rounds: int) -> Iterator[Row]:
     net: Any = timm.create_model(MODEL).eval().to(device)
     images = torch.randn(IMAGES, generator=torch.Generator().manual_seed(0)).to(device)
     batches = [(images, (torch.arange(len(images)) + i * len(images)) % net.num_classes) for i in range(BATCHES)]
-    probe, updates = NCProbe(net), []
+    probe, updates, single = NCProbe(net), [], []
 
     def plain() -> None:
         for x, _ in batches:
@@ -183,11 +211,13 @@ def share_of_evaluation(device: torch.device, rounds: int) -> Iterator[Row]:
         with probe:
             for x, labels in batches:
                 net(x)
-                updates[-1] += milliseconds(partial(probe.update, labels), device)
+                single.append(milliseconds(partial(probe.update, labels), device))
+                updates[-1] += single[-1]
 
     probed()  # a warm-up
     probe.compute()
     updates.clear()
+    single.clear()
     times = in_turn({"pass": plain, "probed": probed, "report": probe.compute}, rounds, device)
     spent = statistics.median(updates)
     yield {
@@ -196,6 +226,7 @@ def share_of_evaluation(device: torch.device, rounds: int) -> Iterator[Row]:
         "pass ms": times["pass"],
         "with the probe ms": times["probed"],
         "updates ms": spent,
+        "one update ms": statistics.median(single),
         "updates %": 100 * spent / times["pass"],
         "one report ms": times["report"],
     }
