@@ -42,6 +42,7 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 
 SAMPLES, FEATURES, CLASSES = 50_000, 512, 100
 BATCH_SIZES = (1000, 128)
+MANY = ((20_000, 2048, 1000), (5000, 768, 21_841))  # N, d and K
 MODEL, IMAGES, BATCHES = "resnet50", (32, 3, 224, 224), 3
 
 
@@ -71,7 +72,7 @@ def features_in_memory(device: torch.device, rounds: int) -> Iterator[Row]:
 @torch.no_grad()
 def many_classes(device: torch.device, rounds: int) -> Iterator[Row]:
     """Milliseconds from features to all measures for many classes, in batches of 1000."""
-    for samples, features, classes in ((20_000, 2048, 1000), (5000, 768, 21_841)):
+    for samples, features, classes in MANY:
         x, labels, head = gaussian_classes(samples, features, classes)
         if classes > samples:  # some classes twice or more, most of them never
             labels = torch.randint(classes, (samples,), generator=torch.Generator().manual_seed(0))

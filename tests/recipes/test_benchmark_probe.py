@@ -72,6 +72,14 @@ def test_ranks_only_where_they_are_asked_for(problem):
         assert benchmark_probe.ours(batches, head, spectrum=True).feature_rank == 20
 
 
+def test_many_classes_have_a_peer_where_every_class_has_samples(monkeypatch):
+    monkeypatch.setattr(benchmark_probe, "MANY", ((60, 8, 4), (20, 8, 30)))
+    few, many = benchmark_probe.many_classes(torch.device("cpu"), 1)
+    assert list(few) == list(many) and (few["K"], many["K"]) == (4, 30)
+    assert 0 < few["ms, head alone"] < few["ms, ours"] and few["ratio"] == few["ms, ours"] / few["ms, peer"]
+    assert many["ms, peer"] is many["ratio"] is None
+
+
 @pytest.mark.parametrize("distance", [1.0, 1e-3])
 def test_the_closed_form_against_forty_digits(distance):
     """tr(S_W S_B^+) from the samples themselves, inverting the Gram matrix of differences of means."""
