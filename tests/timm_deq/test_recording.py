@@ -15,7 +15,20 @@ from torchvision.models.feature_extraction import create_feature_extractor as to
 from torchvision.models.feature_extraction import get_graph_node_names
 
 import timm_deq
-from timm_deq import Anderson, Broyden, Equilibrium, Picard, ReversibleIteration, SolveLog
+from timm_deq import (
+    Anderson,
+    Broyden,
+    Equilibrium,
+    Implicit,
+    Neumann,
+    Phantom,
+    Picard,
+    Reversible,
+    ReversibleIteration,
+    Shine,
+    SolveLog,
+    Unrolled,
+)
 
 # Histories of two in four steps: full, and written over.
 SOLVERS = [{"solver": "picard"}, {"solver": "anderson", "memory": 2}, {"solver": "broyden", "memory": 2}]
@@ -137,6 +150,48 @@ def test_an_exported_while_loop_leaves_early(solver):
         assert_close(program(x), expected)
     evaluations = solver.period + 1 + len(periods) * solver.period  # before the loop, and in it
     assert len(periods) > 2 and 0 <= evaluations - log.steps.max() < solver.period
+
+
+GRADIENTS = {
+    "implicit": (Anderson, Implicit()),
+    "phantom": (Anderson, Phantom()),
+    "neumann": (Picard, Neumann()),
+    "shine": (Broyden, Shine()),
+    "reversible": (ReversibleIteration, Reversible()),
+    "unrolled": (Anderson, Unrolled()),
+}
+
+
+def exported(layer, x):
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(layer, (x,)), buffer)
+    buffer.seek(0)
+    return torch.export.load(buffer).module()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("recorded", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("record", [pytest.param(exported, marks=pytest.mark.slow), torch.jit.trace])
+def test_a_recorded_program_has_the_derivative_of_its_steps(record, gradient, recorded):
+    """Whatever the gradient of the layer was, and whether it was recorded with gradients enabled."""
+    torch.manual_seed(0)
+    cell, x = Tanh(5, 5), torch.randn(4, 5, requires_grad=True)
+    solver, chosen = GRADIENTS[gradient]
+    layer = Equilibrium(cell, solver=solver(1e-30, 4), gradient=chosen)
+    with torch.set_grad_enabled(recorded):
+        program = record(layer, x)
+    (found,) = torch.autograd.grad(program(x).square().sum(), x)
+    eager = Equilibrium(cell, solver=layer.solver, gradient=Unrolled())
+    assert_close(found, torch.autograd.grad(eager(x).square().sum(), x)[0])
+
+
+class Tanh(torch.nn.Linear):
+    """`f(z, x) = tanh(W z / 2 + x)`."""
+
+    def forward(self, z, x):
+        return torch.tanh(super().forward(z) / 2 + x)
 
 
 class Solve(torch.nn.Module):
