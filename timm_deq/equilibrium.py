@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -113,13 +114,13 @@ class Equilibrium(nn.Module):
             ValueError: The cell changes the shape, dtype or device of the state, or an input of its own in place.
         """
         if isinstance(x, torch.fx.Proxy) and isinstance(x.tracer, torch.fx.Tracer) and x.tracer.root is not self:
-            return self._as_one_node(x, z0, u0)
+            return self._as_one_node(x.tracer, x, z0, u0)
         return self._find(x, z0, u0)
 
-    def _as_one_node(self, x: torch.fx.Proxy, z0: Tensor | None, u0: Tensor | None) -> Tensor:
+    def _as_one_node(self, tracer: torch.fx.Tracer, x: Tensor, z0: Tensor | None, u0: Tensor | None) -> Any:
         """Let `torch.fx` record a call of this layer: whole, it keeps its early exit and its gradient."""
         given = {name: start for name, start in (("z0", z0), ("u0", u0)) if start is not None}
-        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), given)
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), given)
 
     def _find(self, x: Tensor, z0: Tensor | None = None, u0: Tensor | None = None) -> Tensor:
         self._refuse_sharded_cell()

@@ -46,8 +46,8 @@ def _saved_as_they_are() -> AbstractContextManager:
 
     Activation checkpointing would then evaluate all that it covers again, and offloading copy from the host.
     """
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    return saved_tensors_hooks(_identity, _identity) if hooked else nullcontext()
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
+    return nullcontext() if hooks is None else saved_tensors_hooks(_identity, _identity)
 
 
 def _identity(tensor: Tensor) -> Tensor:

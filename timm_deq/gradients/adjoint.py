@@ -152,7 +152,7 @@ class AdjointGradient(Gradient):
                 f"the gradient {name} serves torch.func.grad, vjp and jacrev as the innermost transform, inside of none"
                 f" but vmap: {_OTHERWISE}"
             )
-        fz, pull = torch.func.vjp(f, z_star)
+        fz, pull = torch.func.vjp(f, z_star)  # pyright: ignore[reportAssignmentType]
         solve_scaled = partial(self._solve_scaled, z_star, state, start, report)
 
         def solve(cotangent: Tensor) -> Tensor:
