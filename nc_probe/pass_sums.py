@@ -19,7 +19,8 @@ from nc_probe.moments.class_sums import ClassSums
 from nc_probe.moments.precision import float32_has_all_bits
 from nc_probe.moments.second_pass import SecondPass, SecondPassStats, within_class_scatter
 from nc_probe.moments.witness import ROWS, TOLERANCE, WitnessRows
-from nc_probe.report import CollapseReport, measure
+from nc_probe.place_sums import PlaceSums
+from nc_probe.report import CollapseReport
 
 __all__ = ["PassSums"]
 
@@ -49,7 +50,8 @@ class PassSums:
         spectrum: bool,
     ) -> None:
         self.head, self.num_classes, self.settings, self.spectrum = head, num_classes, settings, spectrum
-        self._captured, self._cache = captured, cache
+        self._cache = cache
+        self._places = PlaceSums(captured, cache.beside, classifier=head is not None)
         # Variances and scatter wait for a second look at the features, unless they are gone by then, or rounded.
         self._deferred = not cache.budget_exceeded and cache.dtype is None
         self.classifiers = classifier_streams(
@@ -60,13 +62,14 @@ class PassSums:
     @property
     def captures(self) -> list[CaptureStream]:
         """The streams of layers and solves."""
-        return [stream for streams in self._captured.values() for stream in streams]
+        return self._places.streams
 
     def reset(self) -> None:
         """Drop every sample."""
-        for stream in (*self.classifiers, *self.captures):
+        for stream in self.classifiers:
             stream.reset()
         self._cache.clear()
+        self._places.reset()
         self._second_passes: list[SecondPass] = []
         self._reports: dict[bool, CollapseReport] = {}
 
@@ -77,6 +80,7 @@ class PassSums:
             ValueError: there are none.
         """
         passes = [SecondPass(stream.gathered(sync=True)) for stream in self.classifiers]
+        self._places.begin_second_pass()
         self._second_passes, self._reports = passes, {}
 
     def end(self) -> None:
@@ -95,12 +99,11 @@ class PassSums:
         """
         first = not self._second_passes
         self._reports = {}
-        if first:  # whatever is refused is refused before anything is added
-            captured = [(stream, stream.pop(labels, mask)) for stream in self.captures]
+        captured = self._places.pop(labels, mask)  # whatever is refused is refused before anything is added
+        if first:
             for stream in self.classifiers:
                 stream.add(features, labels)
-            for stream, places in captured:
-                stream.add(places, labels)
+            self._places.add(captured, labels)
         labels = labels.long().clamp(0, self.num_classes - 1)  # an accelerator's are checked later
         outputs = [output, *[()] * (len(self.classifiers) - 1)]
         choices = [
@@ -110,10 +113,11 @@ class PassSums:
         batch = CachedBatch(features, labels, torch.cat(choices, 1) if choices[1:] else choices[0])
         for stream, second, choice in zip(self.classifiers, self._second_passes, choices, strict=False):
             second.add([features[:, stream.columns]], labels, choice[:, 0] if choice.shape[1] else None)
-        if first and not self._cache.budget_exceeded:
-            self._cache.append(batch)
-            if self._cache.budget_exceeded:
-                self._fall_back_to_scatter(batch)
+        if not first:
+            self._places.show_again(captured, labels, choices[0])
+            return
+        self._keep(batch)
+        self._places.keep(captured, labels, choices[0])
 
     def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield features (B, D) and labels (B,) of this rank, batch by batch."""
@@ -146,6 +150,17 @@ class PassSums:
         exceeded = [int(self._cache.budget_exceeded)]
         return any(ranks.all_reduce_max(exceeded) if sync else exceeded)
 
+    def _keep(self, batch: CachedBatch) -> None:
+        """Keep the features of a batch, in the room of layers and solves too if need be."""
+        if self._cache.budget_exceeded:
+            return
+        self._cache.append(batch)
+        if self._cache.budget_exceeded and self._places.discard():
+            self._cache.budget_exceeded = False
+            self._cache.append(batch)
+        if self._cache.budget_exceeded:
+            self._fall_back_to_scatter(batch)
+
     def _fall_back_to_scatter(self, last: CachedBatch) -> None:
         """Discard the features kept, and `last`, and go on with the within-class scatter."""
         if self._deferred:
@@ -159,10 +174,7 @@ class PassSums:
         names = [linear.name for linear in self.head.maps] if self.head and heads else []
         parts: dict[str, Any] = {"heads": dict(zip(names, heads, strict=True))}
         settings = {name: self.settings[name] for name in ("center", "groups", "weight_decay")}
-        for kind, streams in self._captured.items():
-            places = {name: m for stream in streams for name, m in stream.gathered(sync=sync).items()}
-            parts[kind] = {k: measure(m, None, **settings) for k, m in places.items()}
-        return dataclasses.replace(main, **parts)
+        return dataclasses.replace(main, **parts, **self._places.reports(settings, sync=sync))
 
     def _measurement(self, index: int, exceeded: bool, *, sync: bool) -> Measurement:
         """Measure at a classifier; `exceeded`: the features of some rank are not kept."""

@@ -27,6 +27,13 @@ class CachedBatch(NamedTuple):
     chosen: Tensor
 
 
+class Budget:
+    """What is left of the host's memory, and of its disk, for the caches that share them."""
+
+    def __init__(self, memory_bytes: int, disk_bytes: int) -> None:
+        self.memory, self.disk = memory_bytes, disk_bytes
+
+
 class FeatureCache:
     """Batches of features, in the order in which they came.
 
@@ -34,20 +41,29 @@ class FeatureCache:
         memory_bytes: of features on the host.
         disk_bytes: of features in a temporary file, which nobody else sees and which is gone with this object.
         dtype: to keep features in; float16 and bfloat16 halve them, and round those that are wider. Default: their own.
+        budget: shared with other caches of the same limits. Default: its own.
 
     Attributes:
         over: features were more than both budgets, or than the disk could take: from then on none is kept.
     """
 
-    def __init__(self, memory_bytes: int, disk_bytes: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, memory_bytes: int, disk_bytes: int, dtype: torch.dtype | None = None, *, budget: Budget | None = None
+    ) -> None:
         for name, value in (("cache_bytes", memory_bytes), ("spill_bytes", disk_bytes)):
             if value < 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"cache_dtype must be a floating-point dtype, got {dtype}")
         self.memory_bytes, self.disk_bytes, self.dtype = memory_bytes, disk_bytes, dtype
+        self._budget = Budget(memory_bytes, disk_bytes) if budget is None else budget
         self._file: BinaryIO | None = None
+        self._memory = self._written = 0
         self.clear()
+
+    def beside(self) -> "FeatureCache":
+        """Make another cache, which shares the budget of this one."""
+        return FeatureCache(self.memory_bytes, self.disk_bytes, self.dtype, budget=self._budget)
 
     def clear(self) -> None:
         """Forgets every batch; a new pass may begin."""
@@ -66,10 +82,11 @@ class FeatureCache:
         if kept.untyped_storage().nbytes() > kept.nbytes:  # a view would hold more than it counts
             kept = kept.clone()
         labels, chosen = batch.labels.cpu(), batch.chosen.cpu()
-        if self._memory + kept.nbytes <= self.memory_bytes:
+        if kept.nbytes <= self._budget.memory:
+            self._budget.memory -= kept.nbytes
             self._memory += kept.nbytes
             self._batches.append(CachedBatch(kept, labels, chosen))
-        elif self._written + kept.nbytes <= self.disk_bytes and self._write(kept):
+        elif kept.nbytes <= self._budget.disk and self._write(kept):
             self._batches.append(CachedBatch(kept[:0], labels, chosen))
         else:
             self.budget_exceeded = True
@@ -116,6 +133,8 @@ class FeatureCache:
 
     def _empty(self) -> None:
         self._batches: list[CachedBatch] = []
+        self._budget.memory += self._memory
+        self._budget.disk += self._written
         self._memory = self._written = 0
         if self._file is not None:
             self._file.close()
@@ -133,5 +152,6 @@ class FeatureCache:
                 raw = raw[self._file.write(raw) :]
         except OSError:
             return False
+        self._budget.disk -= features.nbytes
         self._written += features.nbytes
         return True

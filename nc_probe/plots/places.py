@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from nc_probe.output.labels import label
@@ -11,17 +12,28 @@ from nc_probe.output.style import MAX_TICKS, blank_figure, finish_axes, group_co
 from nc_probe.report import CollapseReport
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["plot_depth", "plot_iterates"]
 
-CURVES = (("NC1: spread within classes / between", "nc1"), ("NC2: distance to simplex ETF", "nc2"), ("CDNV", "cdnv"))
+CURVES = (
+    ("NC1: spread within classes / between", "nc1"),
+    ("NC2: distance to simplex ETF", "nc2"),
+    ("CDNV", "cdnv"),
+    ("nearest class mean: accuracy", "center_accuracy"),
+    ("NC4: agreement with the final decision", "nc4"),
+    ("participation ratio", "participation_ratio"),
+)
+PANELS = 3  # side by side
 
 
 def plot_depth(report: CollapseReport, *, title: str | None = None) -> Figure:
-    """NC1, NC2 and CDNV of all classes and of each group against depth: layer by layer, and at last the features.
+    """Collapse of all classes and of each group against depth: layer by layer, and at last the features.
 
-    A measure that spans a factor of ten or more is on a logarithmic axis. What is undefined leaves a gap.
+    NC1, NC2 and CDNV; where the features of layers were kept, how many samples the nearest class mean gets right, and
+    on how many it agrees with the final decision; the participation ratio, which falls in the layers that make a
+    tunnel. A measure that spans a factor of ten or more is on a logarithmic axis. What is undefined leaves a gap.
 
     Args:
         report: with `layers`.
@@ -40,9 +52,9 @@ def plot_depth(report: CollapseReport, *, title: str | None = None) -> Figure:
 
 
 def plot_iterates(report: CollapseReport, *, title: str | None = None) -> Figure:
-    """NC1, NC2 and CDNV of all classes and of each group against the iterates of a solve, from its input H0 to z*.
+    """Collapse of all classes and of each group against the iterates of a solve, from its input H0 to z*.
 
-    Axes are as in `plot_depth`. A model with several equilibrium layers has a row of panels for each.
+    Measures and axes are as in `plot_depth`. A model with several equilibrium layers has panels for each.
 
     Args:
         report: with `iterates`.
@@ -65,23 +77,41 @@ def plot_iterates(report: CollapseReport, *, title: str | None = None) -> Figure
 
 
 def _curves(rows: Mapping[str, Sequence[tuple[str, CollapseReport]]], title: str | None) -> Figure:
-    """A row of panels for each sequence of named reports, under what its places are."""
-    figure = blank_figure(11, 3.6 * len(rows), title)
-    for panels, (kind, places) in zip(figure.subplots(len(rows), 3, squeeze=False), rows.items(), strict=True):
-        groups = places[-1][1].groups
-        for ax, (measure, key) in zip(panels, CURVES, strict=True):
-            for name, color in zip((None, *groups), ("black", *group_colors(groups)), strict=True):
-                values = [getattr(r if name is None else r.groups[name], key) for _, r in places]
-                values = [value if math.isfinite(value) else math.nan for value in values]
-                shown = label(name) if name else "all"
-                ax.plot(range(len(places)), values, color=color, label=shown, marker="o", markersize=3.5)
+    """Panels for each sequence of named reports, under what its places are; none for a measure that they lack."""
+    shown = [
+        (kind, places, [curve for curve in CURVES if any(map(math.isfinite, _values(places, curve[1], None)))])
+        for kind, places in rows.items()
+    ]
+    *tops, height = accumulate((max(math.ceil(len(curves) / PANELS), 1) for *_, curves in shown), initial=0)
+    figure = blank_figure(11, 3.6 * height, title)
+    grid = figure.add_gridspec(height, PANELS)
+    for (kind, places, curves), top in zip(shown, tops, strict=True):
+        for i, (measure, key) in enumerate(curves):
+            ax = figure.add_subplot(grid[top + i // PANELS, i % PANELS])
+            _draw_curves(ax, places, key)
             finish_axes(ax, measure, label(kind, most=40))
             scale_values(ax)
-            # The last place is always named, and none so near before it that their names would meet.
-            step = math.ceil(len(places) / MAX_TICKS)
-            ticks = [*range(0, len(places) - step, step), len(places) - 1]
-            names = [label(places[i][0]) for i in ticks]
-            ax.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 3 else 0)
-        if groups:
-            panels[0].legend(frameon=False, fontsize=8.5)
+            if i == 0 and places[-1][1].groups:
+                ax.legend(frameon=False, fontsize=8.5)
     return figure
+
+
+def _draw_curves(ax: Axes, places: Sequence[tuple[str, CollapseReport]], key: str) -> None:
+    """Draw a measure of all classes and of the groups that have it, from place to place."""
+    groups = places[-1][1].groups
+    for name, color in zip((None, *groups), ("black", *group_colors(groups)), strict=True):
+        values = _values(places, key, name)
+        if name is None or any(map(math.isfinite, values)):
+            values = [value if math.isfinite(value) else math.nan for value in values]
+            shown = label(name) if name else "all"
+            ax.plot(range(len(places)), values, color=color, label=shown, marker="o", markersize=3.5)
+    # The last place is always named, and none so near before it that their names would meet.
+    step = math.ceil(len(places) / MAX_TICKS)
+    ticks = [*range(0, len(places) - step, step), len(places) - 1]
+    names = [label(places[i][0]) for i in ticks]
+    ax.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 3 else 0)
+
+
+def _values(places: Sequence[tuple[str, CollapseReport]], key: str, group: str | None) -> list[float]:
+    """A measure of all classes (no group) or of a group, from place to place."""
+    return [getattr(report if group is None else report.groups[group], key) for _, report in places]

@@ -406,7 +406,7 @@ def test_the_second_look_is_taken_once_and_changes_nothing(monkeypatch, argument
         probe.update(labels[:20])
         kept = [features.clone() for features, _ in probe.kept()]
         first = probe.compute()
-        assert probe.compute() is first and len(looks) == len(kept)
+        assert probe.compute() is first and len(looks) == 2 * len(kept), "at the classifier and at the layer"
         assert all(map(torch.equal, kept, [features for features, _ in probe.kept()]))
         model(x[20:])
         probe.update(labels[20:])
