@@ -57,6 +57,9 @@ def read_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--second-pass", action="store_true", help="keep no features: show the images twice instead; no t-SNE then")
     flag("--no-tsne", action="store_true", help="draw no t-SNE of features")
     flag("--compare", metavar="MODEL", type=os.path.expanduser, help="measure the features of another run or model too")
+    flag("--ood", metavar="DATASET", type=os.path.expanduser, help="images of no class, to be told from those measured")
+    flag("--ood_split", metavar="SPLIT", help="of --ood (default: test, or the first that there is)")
+    flag("--ood_known", metavar="SPLIT", help="images of the classes to be told from (default: those measured)")
     flag("--format", default="png", help="of the figures: png (default), svg or pdf")
     parser.add_model_args()
     parser.add_images()
@@ -75,8 +78,10 @@ def run(args: argparse.Namespace) -> None:
         chosen_images,
         create_probe,
         figures,
+        load_ood,
         load_other,
         measure,
+        measure_ood,
         measure_other,
         sample_features,
     )
@@ -86,15 +91,20 @@ def run(args: argparse.Namespace) -> None:
     folder = None if args.output is None else new_folder(args.output)
     cache = args.cache_mib
     check(cache is None or not args.second_pass, "cache-mib", cache, "not given with second-pass, which keeps nothing")
+    for name in ("ood_split", "ood_known"):
+        value = getattr(args, name)
+        check(value is None or args.ood is not None, name, value, "not given without ood")
     check(args.format in FORMATS, "format", args.format, f"one of {', '.join(FORMATS)}")
     subject = Subject(args, args.split)
     indices, groups = chosen_images(subject), chosen_groups(subject)
     subject.load_model(classifier=not args.no_classifier)
     loader = subject.loader(indices)
     other = None if args.compare is None else load_other(subject)
+    unknown = None if args.ood is None else load_ood(subject)
     probe = create_probe(subject, indices, groups)
     with explain_out_of_memory():
         report = measure(subject, probe, loader)
+        ood = None if unknown is None else measure_ood(subject, probe, *unknown)
     sample = None
     if folder is not None and not args.no_tsne and not args.second_pass:
         sample = sample_features(subject, probe, loader, report)
@@ -103,6 +113,8 @@ def run(args: argparse.Namespace) -> None:
 
     if subject.accelerator.is_main_process:
         print(report)
+        if ood is not None:
+            print(f"\nout of distribution: {args.ood}\n{ood}")
         if compared is not None:
             print(f"\ncompared with {args.compare}:\n{compared}")
         if folder is not None:
@@ -115,6 +127,8 @@ def run(args: argparse.Namespace) -> None:
                 "seconds": time.perf_counter() - started,
                 **environment(subject.accelerator),
             }
+            if ood is not None:
+                results["ood"] = ood.as_dict()
             if compared is not None:
                 results["compared"] = {"model": args.compare, "collapse": compared.as_dict(per_class=True)}
             drawings = figures(subject, report, sample, groups, compared)

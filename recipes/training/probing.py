@@ -1,6 +1,7 @@
 """The neural collapse of a trained model on a split of images."""
 
 import argparse
+import copy
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -11,15 +12,17 @@ from accelerate.utils import tqdm
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from nc_probe import CollapseReport, NCProbe
+from nc_probe import CollapseReport, NCProbe, OODProbe, OODReport
 from nc_probe.plots import plot_angles, plot_classes, plot_compare, plot_depth, plot_grams, plot_iterates
 from recipes.errors import UserError, user_errors
+from recipes.images.labels import shorten
+from recipes.images.sources import ImageSplit, load_split, open_dataset
 from recipes.images.views import ImageView
 from recipes.imbalance.profiles import Groups, two_group
 from recipes.results.accuracy import sum_over_ranks
 from recipes.results.class_figures import sample_evenly, tsne_figure
 from recipes.results.figures import Drawing
-from recipes.training.subject import Subject
+from recipes.training.subject import Subject, open_split
 
 # t-SNE of more samples takes minutes, and shows no more.
 TSNE_SAMPLES = 1000
@@ -150,6 +153,54 @@ def sample_features(
         found[rows, -1] = 1
     found = sum_over_ranks(subject.accelerator, found.to(subject.accelerator.device)).cpu().numpy()
     return (found[:, :-1], labels[chosen]) if found[:, -1].all() else None
+
+
+def load_ood(subject: Subject) -> tuple[DataLoader, DataLoader | None]:
+    """Load the images of no class that --ood names, and those of the classes that --ood_known names, if it is given.
+
+    Raises:
+        UserError: no such data set or split, or images of a class that the model has.
+    """
+    args, config = subject.args, subject.config
+    with subject.accelerator.main_process_first(), user_errors():
+        splits = open_dataset(args.ood)
+        name = args.ood_split or ("test" if "test" in splits else next(iter(splits)))
+        images = load_split(splits, name, declared=True)
+        known = None
+        if args.ood_known is not None:
+            known = open_split(config, args.ood_known, subject.manifest, subject.images.class_names)
+    shared = sorted({*images.class_names} & {*subject.images.class_names})
+    if shared:
+        raise UserError(f"ood is {args.ood!r}, which has classes measured: {shorten(shared)}; allowed: images of none")
+
+    def loader(split: ImageSplit, rows: np.ndarray) -> DataLoader:
+        shown = copy.copy(subject)
+        shown.images = split
+        return shown.loader(shown.usable(rows))
+
+    return loader(images, np.arange(len(images.labels))), None if known is None else loader(*known)
+
+
+@torch.no_grad()
+def measure_ood(subject: Subject, probe: NCProbe, unknown: DataLoader, known: DataLoader | None) -> OODReport:
+    """Tell images of no class from those of the classes by what has been measured.
+
+    Args:
+        unknown: images of no class.
+        known: images of the classes; those measured if None.
+
+    Raises:
+        UserError: features that cannot be scored, or no known ones.
+    """
+    accelerator = subject.accelerator
+    with user_errors(), OODProbe(probe) as ood:
+        shown = [] if known is None else [("images of the classes", known, ood.update_known)]
+        for name, loader, add in [*shown, ("images of no class", unknown, ood.update)]:
+            for images, _ in tqdm(loader, desc=name, unit="batch", leave=False):
+                with accelerator.autocast():
+                    subject.net(images.to(accelerator.device, non_blocking=True))
+                add()
+        return ood.compute()
 
 
 def load_other(subject: Subject) -> Subject:

@@ -13,6 +13,7 @@ import timm
 import torch
 from matplotlib.markers import MarkerStyle
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
@@ -249,6 +250,47 @@ def test_two_models_beside_each_other(images, run, tmp_path, capsys):
     err = capsys.readouterr().err
     assert err == f"error: compare is 'test_resnet', of other classes than {str(run)!r}; allowed: a model of the same\n"
     assert not (tmp_path / "y").exists()
+
+
+def test_images_of_no_class(images, run, tmp_path, capsys):
+    """The digits 5 to 9 beside a model of 0 to 4: rates of the distance to the nearest class mean, by hand."""
+    whole = digits()["test"]
+    rows = whole.select(np.flatnonzero(np.array(whole["label"]) >= 5)[:20])
+    features = datasets.Features(picture=datasets.Image(), digit=datasets.ClassLabel(names=list("vwxyz")))
+    content = {"picture": list(rows["image"]), "digit": [k - 5 for k in rows["label"]]}
+    datasets.DatasetDict(odd=datasets.Dataset.from_dict(content, features=features)).save_to_disk(tmp_path / "odd")
+    words = ["--ood", str(tmp_path / "odd"), "--ood_known", "test", "--no-tsne", "--output", str(tmp_path / "x")]
+    assert main([str(run), *words]) == 0
+    results = collapse(tmp_path / "x")
+    ood = results["ood"]
+    assert (ood["known"], ood["unknown"], ood["known_source"]) == (43, 20, "shown")
+    assert "out of distribution: " in capsys.readouterr().out
+
+    net = timm.create_model(f"local-dir:{run / 'checkpoint'}", pretrained=True).eval()
+    read = []
+    net.get_classifier().register_forward_pre_hook(lambda m, args: read.append(args[0].double()))
+    indices, stored = json.loads((run / "manifest.json").read_text())["indices"], datasets.load_from_disk(str(images))
+    shown = [stored["train"].select(indices), stored["test"], datasets.load_from_disk(str(tmp_path / "odd"))["odd"]]
+    with torch.no_grad():
+        labels = [net(x) is not None and y for x, y in (pixels(net, part) for part in shown)]
+    means = torch.stack([read[0][labels[0] == k].mean(0) for k in range(5)])
+    known, unknown = (-torch.cdist(x, means).amin(1) for x in read[1:])
+    area = roc_auc_score([1] * 43 + [0] * 20, torch.cat([known, unknown]).numpy())
+    assert ood["auroc"]["nearest_mean"] == pytest.approx(area, abs=2e-3)
+    cosines = torch.cosine_similarity(means, read[2].mean(0, keepdim=True)).abs()
+    assert ood["nc5"] == pytest.approx(float(cosines.mean()), rel=1e-4)
+
+    for words, message in (
+        (["--ood", str(images)], "which has classes measured: 'a', 'b', 'c', 'd', 'e'; allowed: images of none"),
+        (
+            ["--ood", str(tmp_path / "odd"), "--ood_split", "even"],
+            "split 'even' is not in the data set; allowed: 'odd'",
+        ),
+        (["--ood_split", "odd"], "ood_split is 'odd'; allowed: not given without ood"),
+        (["--ood", str(tmp_path / "odd"), "--second-pass"], "known samples must be shown by update_known"),
+    ):
+        assert main([str(run), *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_images_shown_twice_or_features_dropped(run, images, tmp_path):
