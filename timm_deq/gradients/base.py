@@ -82,7 +82,9 @@ def with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
     """Return `value` with the derivatives of `source`, both `(B, ...)`."""
     if isinstance(source, fx.Proxy):  # fx records no autograd function
         return source
-    return _WithGradientOf.apply(source, value)
+    # The compiler takes no function with a `jvp` of its own.
+    function = _WithGradientOf if torch.compiler.is_compiling() else _WithDerivativesOf
+    return function.apply(source, value)
 
 
 def connect_to_graph(f: Map, z_star: Tensor) -> Tensor:
@@ -108,9 +110,11 @@ class _WithGradientOf(torch.autograd.Function):
         ctx.dtype, ctx.value_dtype = inputs[0].dtype, output.dtype
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        return tangents[0].to(ctx.value_dtype)
-
-    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0].to(ctx.dtype), None
+
+
+class _WithDerivativesOf(_WithGradientOf):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0].to(ctx.value_dtype)
