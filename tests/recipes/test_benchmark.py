@@ -55,6 +55,7 @@ def test_solvers_from_the_command_line(tmp_path, capsys, monkeypatch):
 def test_probe_from_the_command_line(tmp_path, capsys, monkeypatch):
     for name, value in (("SAMPLES", 400), ("FEATURES", 16), ("CLASSES", 5), ("BATCH_SIZES", (100, 64))):
         monkeypatch.setattr(benchmark_probe, name, value)
+    monkeypatch.setattr(benchmark_probe, "MANY", ((200, 16, 10), (40, 16, 50)))
     monkeypatch.setattr(benchmark_probe, "MODEL", "resnet10t")
     monkeypatch.setattr(benchmark_probe, "IMAGES", (2, 3, 32, 32))
     one_epoch_of_few(monkeypatch)
@@ -63,9 +64,9 @@ def test_probe_from_the_command_line(tmp_path, capsys, monkeypatch):
     argv = ["probe", "--threads", "1", "--rounds", "1", "--json", str(file), "--figures", str(tmp_path / "figures")]
     assert benchmark.main(argv) == 0
     printed, written = capsys.readouterr().out, json.loads(file.read_text())
-    titles = ["features in memory", "share of an evaluation", "share of training", "merged minorities"]
+    titles = ["features in memory", "many classes", "share of an evaluation", "share of training", "merged minorities"]
     assert list(written) == ["environment", *titles]
-    assert [len(written[title]) for title in titles] == [6, 1, 1, 9]
+    assert [len(written[title]) for title in titles] == [6, 2, 1, 1, 9]
     assert all(benchmark_tables.table(written[title]) in printed for title in titles)
     for row in written["features in memory"]:
         assert row["ms, ratio"] == row["ms, ours"] / row["ms, peer"]

@@ -80,6 +80,7 @@ def test_measuring_and_stopping_leave_what_is_learnt(words, tmp_path, pipeline):
     assert_equally_learnt(tmp_path, words, ALL, {pipeline: PIPELINES[pipeline]})
 
 
+@pytest.mark.slow
 def test_a_model_that_draws_in_evaluation_does_not_move_training(words, tmp_path):
     def draw(module, inputs):
         if hasattr(module, "pretrained_cfg") and not module.training:
