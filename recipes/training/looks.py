@@ -15,6 +15,7 @@ from recipes.results.page.study import Look
 from recipes.results.runs import FinishedRun
 from recipes.training.checkpoint import to_json, write_text
 from recipes.training.evaluation import equilibria, evaluate_budgets
+from recipes.training.integrity import file_hash
 from recipes.training.probing import chosen_images, measure, sample_features
 from recipes.training.subject import Subject
 
@@ -69,19 +70,20 @@ def _scalars(report: CollapseReport) -> dict[str, float]:
 
 
 def kept_look(path: Path, run: FinishedRun, *, features: bool) -> Look:
-    """Look at a run's model, or read what was seen before.
+    """Look at a run's model, or read what was seen before of the same run.
 
     Args:
         path: file of what was seen.
         run, features: as `look_at` takes them.
     """
+    identity = file_hash(run.folder / "results.json")  # which has times, that no other run has to the last digit
     try:
         kept: Mapping[str, Any] = json.loads(path.read_text())
-        if kept["features"] or not features:
+        if kept["run"] == identity and (kept["features"] or not features):
             return Look(**kept["look"])
     except (OSError, ValueError, KeyError, TypeError):  # not there, or of another version
         pass
     look = look_at(run, features=features)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, to_json({"features": features, "look": asdict(look)}))
+    write_text(path, to_json({"run": identity, "features": features, "look": asdict(look)}))
     return look

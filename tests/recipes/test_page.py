@@ -1,5 +1,6 @@
 """The page of a study: its answer against SciPy, its tables against the runs, its text against a parser of HTML."""
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -17,6 +18,7 @@ from recipes.results.page.study import Group, Look, Study, common_loss, pooled
 from recipes.results.page.svg import as_svg
 from recipes.results.page.tables import difference_tables, mean_cell, setting_tables
 from recipes.results.runs import read_run
+from recipes.training import looks
 
 REFERENCE, STOCK = [0.60, 0.70, 0.65, 0.62, 0.71, 0.66], [0.40, 0.52, 0.43, 0.44, 0.49, 0.48]
 HIGHER, LIKE = [0.68, 0.75, 0.74, 0.70, 0.78, 0.75], [0.61, 0.69, 0.66, 0.60, 0.73, 0.66]
@@ -280,3 +282,21 @@ def test_a_figure_that_fails_is_a_sentence(capsys):
 
     assert as_svg(fails, name="f1", alt="curves") == "<p>Not drawn: RuntimeError: no &lt;font&gt;</p>"
     assert "warning: curves is not drawn: RuntimeError" in capsys.readouterr().err
+
+
+def test_what_was_seen_of_a_run_is_not_taken_for_another(tmp_path, monkeypatch):
+    """A run made again in the same folder, after its page."""
+    seen = []
+
+    def look_at(run, *, features):
+        seen.append(features)
+        return Look(one_update={"overall": len(seen) / 8})
+
+    monkeypatch.setattr(looks, "look_at", look_at)
+    path, folder = tmp_path / "looks" / "run.json", tmp_path / "run"
+    run = read_run(write_run(folder, seed=0, minority=0.5))
+    found = [looks.kept_look(path, run, features=features) for features in (False, False, True, False)]
+    assert [look.one_update["overall"] for look in found] == [0.125, 0.125, 0.25, 0.25] and seen == [False, True]
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(results | {"seconds": 1.5}))
+    assert looks.kept_look(path, run, features=False).one_update == {"overall": 0.375}
