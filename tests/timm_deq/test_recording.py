@@ -249,17 +249,53 @@ def test_whoever_follows_a_compiled_solve_sees_all_of_it():
     torch.testing.assert_close(seen[1][1], cell(torch.zeros_like(x), x))
 
 
+def onnx_logits(net, path, batches, **settings):
+    """What onnxruntime makes of a model for each batch of images."""
+    torch.onnx.export(net, (IMAGES,), path, dynamo=True, verbose=False, **settings)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return [torch.from_numpy(session.run(None, {name: batch.numpy()})[0]) for batch in batches]
+
+
 # The exporter touches names that copyreg and its own dependencies have deprecated.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+ignore_exporter = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
+
+
+@ignore_exporter
 @pytest.mark.parametrize("solver", SLOW_BUT_ONE)
 def test_onnx(solver, tmp_path):
+    """With live parameters."""
     net = model(**solver)
+    (output,) = onnx_logits(net, tmp_path / "model.onnx", [IMAGES])
+    torch.testing.assert_close(output, net(IMAGES).detach(), rtol=1e-3, atol=1e-4)
+
+
+@ignore_exporter
+@pytest.mark.slow
+def test_onnx_with_batches_of_any_size(tmp_path):
+    net = model(memory=2)
+    batches = [IMAGES[:1], torch.cat([IMAGES, 2 * IMAGES])]
     with torch.no_grad():
-        expected = net(IMAGES)
-        torch.onnx.export(net, (IMAGES,), tmp_path / "model.onnx", dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    (output,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
-    torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-3, atol=1e-4)
+        dynamic = ({0: torch.export.Dim("batch", min=1, max=64)},)
+        outputs = onnx_logits(net, tmp_path / "model.onnx", batches, dynamic_shapes=dynamic)
+        for output, batch in zip(outputs, batches, strict=True):
+            torch.testing.assert_close(output, net(batch), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")  # inductor's
+def test_aot_inductor(tmp_path):
+    """With the C++ compiler that torch.compile needs too."""
+    net = model(memory=2)
+    dynamic = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    with torch.no_grad():
+        program = torch.export.export(net, (IMAGES,), dynamic_shapes=dynamic)
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        compiled = torch._inductor.aoti_load_package(package)
+        batch = torch.cat([IMAGES, 2 * IMAGES[:1]])
+        assert_close(compiled(batch), net(batch))
 
 
 # TorchScript is deprecated upstream, and says so each time; tracing warns of GroupNorm's look at its input's shape.
