@@ -123,7 +123,7 @@ def _try(look: Callable[[], Look | None]) -> tuple[Look | None, str]:
     """Look at a model; where that fails say why, as the numbers of the page do not need it."""
     try:
         return look(), ""
-    except Exception as error:
+    except Exception as error:  # whatever a data set or a model that is gone raises
         if sys.flags.dev_mode:
             raise
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "

@@ -102,7 +102,8 @@ def test_the_first_batch_may_have_nothing_that_counts():
 
 
 def gpt2(kind, **settings):
-    transformers = pytest.importorskip("transformers")
+    import transformers  # takes seconds
+
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=11, **settings)
     torch.manual_seed(0)
     return getattr(transformers, kind)(config).eval()

@@ -15,6 +15,7 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 pytestmark = [
     pytest.mark.slow,
+    # A browser is no Python package: .ci/run installs it where it can, and pip on a bare machine cannot.
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's packages chromium and chromium-driver"),
 ]
 

@@ -254,7 +254,6 @@ def test_penalty_objective_is_the_least_of_its_definition():
 
 @pytest.mark.parametrize(("majority", "budget"), [(3, "class"), (7, "sample")])
 def test_a_convex_solver_agrees(majority, budget):
-    pytest.importorskip("cvxpy")
     program = Program(energy=5, majority=majority, ratio=10, budget=budget)
     assert convex_loss(program) == pytest.approx(solve(program).loss, abs=1e-7)
 
@@ -276,7 +275,6 @@ SMALL = "--majority 3 --ratio 1 10 --energy_h 5 --rho 0 .5 --steps 2 --seeds 2".
 
 
 def test_command(tmp_path, capsys):
-    pytest.importorskip("cvxpy")
     folder = tmp_path / "theory"
     assert main(["--output", str(folder), "--verify", *SMALL]) == 0
     page = (folder / "theory.md").read_text()
@@ -358,7 +356,6 @@ def test_defaults_are_those_of_the_settings():
 @pytest.mark.slow
 def test_everything_holds_at_the_defaults(tmp_path, capsys):
     """All numbers and all checks of the command as it is documented: a minute."""
-    pytest.importorskip("cvxpy")
     assert main(["--output", str(tmp_path / "theory"), "--verify"]) == 0
     results = json.loads((tmp_path / "theory" / "theory.json").read_text())
     assert len(results["checks"]) > 200

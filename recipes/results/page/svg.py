@@ -40,7 +40,7 @@ def as_svg(draw: Callable[[], Figure | None], *, name: str, alt: str) -> str:
                 return ""
             metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
             figure.savefig(buffer, format="svg", metadata=metadata, dpi=150)
-    except Exception as error:
+    except Exception as error:  # a picture that fails, for whatever reason, does not take the numbers with it
         if sys.flags.dev_mode:
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
