@@ -52,6 +52,7 @@ def train(config: "TrainConfig") -> None:
 
     check_tracker(config.tracker)
     accelerator = start_accelerator(
+        deterministic=config.deterministic,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.tracker,
         project_dir=config.output,

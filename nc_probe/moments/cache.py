@@ -58,6 +58,7 @@ class FeatureCache:
         self.memory_bytes, self.disk_bytes, self.dtype = memory_bytes, disk_bytes, dtype
         self._budget = Budget(memory_bytes, disk_bytes) if budget is None else budget
         self._file: BinaryIO | None = None
+        self._copied_from: torch.device | None = None
         self._memory = self._written = 0
         self.clear()
 
@@ -73,15 +74,18 @@ class FeatureCache:
     def append(self, batch: CachedBatch) -> None:
         """Keeps a batch, or finds that it is too much: those before it are there until `discard`.
 
-        Features on the CPU are not copied, and so may not be changed afterwards.
+        Features on the CPU are not copied, and so may not be changed afterwards. Those on an accelerator are copied
+        without waiting for it: who reads them waits.
         """
         if self.budget_exceeded:
             return
         features = batch.features.detach()
-        kept = features.to("cpu", self.dtype or features.dtype)
+        there = features.device if features.is_cuda else None  # others can be read before they have been copied
+        kept = features.to("cpu", self.dtype or features.dtype, non_blocking=there is not None)
         if kept.untyped_storage().nbytes() > kept.nbytes:  # a view would hold more than it counts
             kept = kept.clone()
-        labels, chosen = batch.labels.cpu(), batch.chosen.cpu()
+        labels, chosen = (t.to("cpu", non_blocking=there is not None) for t in (batch.labels, batch.chosen))
+        self._copied_from = there or self._copied_from
         if kept.nbytes <= self._budget.memory:
             self._budget.memory -= kept.nbytes
             self._memory += kept.nbytes
@@ -94,12 +98,14 @@ class FeatureCache:
     @property
     def labels(self) -> Tensor:
         """(N,) of all batches, in their order."""
+        self._wait()
         return torch.cat([batch.labels for batch in self._batches] or [torch.zeros(0, dtype=torch.int64)])
 
     def chosen(self, classifier: int) -> Tensor | None:
         """(N,) what a classifier chose, of all batches, in their order; None if there is no classifier."""
         if any(not batch.chosen.shape[1] for batch in self._batches):
             return None
+        self._wait()
         return torch.cat([b.chosen[:, classifier] for b in self._batches] or [torch.zeros(0, dtype=torch.int64)])
 
     @property
@@ -108,6 +114,7 @@ class FeatureCache:
         return any(batch.features.dtype == torch.float64 for batch in self._batches)
 
     def __iter__(self) -> Iterator[CachedBatch]:
+        self._wait()
         if self._file is not None:
             self._file.seek(0)
         for features, labels, chosen in self._batches:
@@ -140,8 +147,15 @@ class FeatureCache:
             self._file.close()
         self._file = None
 
+    def _wait(self) -> None:
+        """Wait for the copies that an accelerator still has to make."""
+        if self._copied_from is not None:
+            torch.cuda.synchronize(self._copied_from)
+            self._copied_from = None
+
     def _write(self, features: Tensor) -> bool:
         """Whether the disk took them."""
+        self._wait()
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(buffering=0)  # unbuffered: a full disk is noticed here

@@ -43,6 +43,8 @@ class RunSettings:
     """updates between checkpoints for --resume; only at the end of every epoch, as always, if not given"""
     keep_checkpoints: int = 2
     """checkpoints for --resume that are kept, the latest ones; that of the best epoch is kept too with --select best"""
+    deterministic: bool = True
+    """on a GPU: the same run gives the same numbers bit by bit, resumed or not; without it sums come in any order"""
 
 
 @dataclass(frozen=True, kw_only=True)

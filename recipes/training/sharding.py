@@ -19,8 +19,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from recipes.errors import UserError, check, user_errors
 
 
-def start_accelerator(**settings: Any) -> Accelerator:
+def start_accelerator(*, deterministic: bool = True, **settings: Any) -> Accelerator:
     """Create an Accelerator with these settings, and with FSDP2 wherever `accelerate launch --use_fsdp` asks for it.
+
+    Args:
+        deterministic: makes a GPU sum in one order, as a CPU does; an operation that cannot is told by a warning.
+        settings: of the Accelerator.
 
     Raises:
         UserError: a precision that the device does not have, two numbers of accumulation steps, or FSDP1, which has no
@@ -29,6 +33,10 @@ def start_accelerator(**settings: Any) -> Accelerator:
     with user_errors():
         accelerator = Accelerator(**settings)
     precision, device = accelerator.mixed_precision, accelerator.device.type
+    if deterministic and device == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins, which it has not yet
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     check(precision != "fp16" or accelerator.native_amp, "mixed_precision", precision, f"no or bf16 on {device}")
     steps, wanted = accelerator.gradient_accumulation_steps, settings.get("gradient_accumulation_steps", 1)
     given = f"{steps}, as `accelerate launch` has it, or 1"

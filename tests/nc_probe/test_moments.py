@@ -340,6 +340,6 @@ def test_on_an_accelerator():
             moments = feed(ClassMoments(K, d, device="cuda", **arguments), x.cuda(), labels.to(where), 17)
             assert close(moments.mean.cpu(), means) and close(moments.within_class_scatter(balanced()).cpu(), within)
     bad = ClassMoments(K, d, device="cuda").update(x.cuda(), labels.cuda())
-    bad.update(x.cuda(), labels.cuda() + 1).update(x.cuda() / 0, labels.cuda())
+    bad.update(x.cuda(), labels.cuda() + 2).update(x.cuda() / 0, labels.cuda())  # the last class has no sample
     with pytest.raises(ValueError, match="labels must be in 0..5, but not all are in batch 1"):
         bad.check()
