@@ -170,7 +170,8 @@ def is_exporting() -> bool:
 
     It has no autograd functions and no switch of gradients: differentiated later, it has the derivative of its steps.
     """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    # What `torch.compiler.is_exporting()` reads, which in torch 2.11 is true under torch.compile as well.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 def autocast_enabled(z: Tensor) -> bool:
