@@ -355,3 +355,21 @@ def test_the_card_is_valid_and_complete(hub, finished):
     assert values["accuracy, minority classes"] == results["test"]["minority"]
     assert json.loads((finished / "manifest.json").read_text())["sha256"] in card.text
     assert "lab/twin" in card.text and "explicit twin" in card.text
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_two_ranks_push_once(hub, finished, tmp_path):
+    """A run of two processes, of which one talks to the Hub, and the other waits for it at the start."""
+    folder = tmp_path / "run"
+    launcher = "accelerate.commands.launch --multi_gpu --quiet --num_processes 2 --num_machines 1 --main_process_port 0"
+    words = ["--output", str(folder), "--dataset", str(finished.parent / "data"), "--push_to_hub", "lab/net"]
+    words += "--majority 2 --ratio 4 --epochs 1 --max_updates 1 --model_args.max_steps 4 --model_args.tol 0.01".split()
+    command = [sys.executable, "-m", *launcher.split(), "recipes/train.py", *words]
+    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (commit,) = pushed(hub)
+    weights = (folder / "checkpoint" / "model.safetensors").read_bytes()
+    assert commit.files["model.safetensors"].content == weights
+    assert done.stdout.count("hf-hub:lab/net") == 1 and "hf_kept_secret" not in done.stdout + done.stderr
