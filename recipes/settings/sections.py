@@ -44,7 +44,7 @@ class RunSettings:
     keep_checkpoints: int = 2
     """checkpoints for --resume that are kept, the latest ones; that of the best epoch is kept too with --select best"""
     deterministic: bool = True
-    """on a GPU: the same run gives the same numbers bit by bit, resumed or not; without it sums come in any order"""
+    """on a GPU: sum in one order, so that the same run gives the same numbers; what cannot is told by a warning"""
 
 
 @dataclass(frozen=True, kw_only=True)
