@@ -206,7 +206,7 @@ class PassSums:
         agree = None if stats is None or stream.linear is None else stats.agree
         nearest = None if stats is None else stats.nearest
         agreement = Agreement(stream.correct_counts(sync=sync), nearest, agree, source)
-        return CollapseReport.of(measurement.values(agreement, looked, within))
+        return CollapseReport.of(measurement.values(agreement, looked, within, ranks=self.spectrum))
 
     def _from_cache(self, index: int, measurement: Measurement, *, sync: bool) -> tuple[SecondPassStats, str]:
         """Look again at the features that are kept: at their scatter too, unless it was summed in the first pass."""

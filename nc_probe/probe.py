@@ -56,10 +56,9 @@ class NCProbe:
 
     A compiled model runs eagerly inside the `with`, because compiled code ignores hooks that were added later.
 
-    What needs the final class means takes a second look at the features (NC1, NC4, the rank of the features), which are
-    kept: on the host up to `cache_bytes` of this rank, then on disk up to `spill_bytes`. Beyond both, or with
-    `cache_bytes=0`, NC1 comes from a within-class scatter summed in the one pass, and NC4 is absent unless the samples
-    are shown again:
+    What needs the final class means takes a second look at the features (NC1, NC4, their ranks), which are kept: on the
+    host up to `cache_bytes` of this rank, then on disk up to `spill_bytes`. Beyond both, or with `cache_bytes=0`, NC1
+    comes from a within-class scatter summed in the one pass, and NC4 is absent unless the samples are shown again:
 
         with probe.second_pass():
             for images, labels in loader:
@@ -83,12 +82,12 @@ class NCProbe:
         iterates: whether the iterates of an equilibrium model are measured too: `report.iterates`.
         conventions: named formulas of papers to report besides, see `nc_probe.measures.conventions`.
         weight_decay: of the general orthogonal frame that `nc2_gof` compares with, see `orthogonal_frame`.
-        spectrum: whether a second look sums the d x d covariance, for the ranks of the features: d^2 a sample.
+        spectrum: whether the report has the ranks of the features, for which their d x d covariance is summed: most of
+            the time that it takes. Those of layers and iterates are there without being asked for.
         cache_bytes: host memory for features on this rank; 0 keeps none, on disk neither.
         spill_bytes: disk for features on this rank, in a temporary file.
         cache_dtype: to keep features in. Default: their own. float16 and bfloat16 halve float32, and round: NC4 is then
             that of the rounded features, and NC1 comes from the scatter.
-
         ignore_index: label of what is not to be counted, -100 most often: padding, tokens without a class.
         shift_labels: of tokens, whether the feature at t has the label at t + 1, as where the labels of a causal
             language model are its inputs. Must be said for those of transformers.
@@ -111,7 +110,7 @@ class NCProbe:
         iterates: bool = False,
         conventions: Sequence[str] = (),
         weight_decay: float = 0.0,
-        spectrum: bool = True,
+        spectrum: bool = False,
         cache_bytes: int = 2**30,
         spill_bytes: int = 2**34,
         cache_dtype: torch.dtype | None = None,

@@ -68,7 +68,8 @@ class CollapseReport:
         accuracy, center_accuracy: share of samples that the classifier, and the nearest class mean, get right.
         balanced_accuracy, balanced_center_accuracy: the same, averaged over classes.
         mean_accuracy: share of class means that the classifier puts in their class.
-        feature_rank, stable_rank, participation_ratio: of the total covariance S_W + S_B; of all classes only.
+        feature_rank, stable_rank, participation_ratio: of the total covariance S_W + S_B; of all classes only, and of a
+            probe only where `spectrum=True` asked for them.
         class_...: per class; the mean of `class_nc1` is nc1 (balanced); it needs a scatter for each class.
         means: (m, d) centred class means, float64 on the CPU.
         weight: (m, d) classifier rows, float64 on the CPU.

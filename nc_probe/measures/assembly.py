@@ -117,6 +117,8 @@ class Measurement:
         agreement: Agreement | None = None,
         looked: SecondPassStats | None = None,
         within: Tensor | None = None,
+        *,
+        ranks: bool = True,
     ) -> dict[str, Any]:
         """Compute the fields of a report by name; those of the groups' reports, by group, under "groups".
 
@@ -124,6 +126,7 @@ class Measurement:
             agreement: samples counted with the features at hand.
             looked: at every sample again, for `bases`.
             within: (d, d) their sum_k class_weights[k] S_k, for the ranks of the features.
+            ranks: whether these are wanted.
         """
         with float64_context(self.moments.device):
             names = [*self._inverses, *self._published]
@@ -139,10 +142,10 @@ class Measurement:
                 )
                 for paper in self.papers
             }
-            ranks = self._spectrum(within)
+            found = self._spectrum(within) if ranks else {}
         precision = {"nc1_precision": str(looked.dtype).removeprefix("torch.")} if looked else {}
         parts = {name: part | precision for name, part in parts.items()}
-        return whole | ranks | precision | {"conventions": published, "groups": parts}
+        return whole | found | precision | {"conventions": published, "groups": parts}
 
     def _power(self) -> float:
         """E ||x||^2."""

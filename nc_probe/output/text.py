@@ -52,9 +52,11 @@ def as_text(report: Any, nested: Sequence[str]) -> str:
         notes += f" ({report.nc1_unresolved} of these directions may be rounding of the features: NC1 is noise then)"
     notes += f", from {report.nc1_source}" if report.nc1 == report.nc1 else f", {report.nc1_source}"
     text = [*_lines(rows), *_wrap(f"{notes}; NC4 {report.nc4_source}")]
+    ranks = "no ranks, for which NCProbe takes spectrum=True"
     if report.feature_rank is not None:
         ranks = f"rank {report.feature_rank}, stable rank {_number(report.stable_rank)}"
-        text += _wrap(f"features: {ranks}, participation ratio {_number(report.participation_ratio)}")
+        ranks += f", participation ratio {_number(report.participation_ratio)}"
+    text += _wrap(f"features: {ranks}")
     for kind in nested:
         reports = getattr(report, kind)
         if reports:

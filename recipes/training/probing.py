@@ -106,6 +106,7 @@ def create_probe(subject: Subject, indices: np.ndarray, groups: Groups) -> NCPro
             layers="stages" if list(args.layers) == ["stages"] else args.layers,
             iterates=args.iterates,
             conventions=args.conventions,
+            spectrum=True,
             cache_bytes=cache_mib * 2**20,
         )
 

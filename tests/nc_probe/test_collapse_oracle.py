@@ -76,7 +76,7 @@ def by_probe(x, labels, W, b, **settings):
     """The features are kept, and looked at again."""
     model = torch.nn.utils.skip_init(torch.nn.Linear, *reversed(W.shape), dtype=torch.float64).eval()
     model.load_state_dict({"weight": W, "bias": b})
-    with torch.no_grad(), NCProbe(model, **settings) as probe:
+    with torch.no_grad(), NCProbe(model, spectrum=True, **settings) as probe:
         for xb, yb in zip(x.split(7), labels.split(7), strict=True):
             model(xb)
             probe.update(yb)
@@ -87,7 +87,7 @@ def by_second_pass(x, labels, W, b, **settings):
     """Features are not kept, classes have a scatter each, and the samples are shown again."""
     model = torch.nn.utils.skip_init(torch.nn.Linear, *reversed(W.shape), dtype=torch.float64).eval()
     model.load_state_dict({"weight": W, "bias": b})
-    probe = NCProbe(model, cache_bytes=0, **settings)
+    probe = NCProbe(model, cache_bytes=0, spectrum=True, **settings)
     with torch.no_grad():
         for showing in (probe, probe.second_pass()):
             with showing:

@@ -17,7 +17,8 @@ import torch.utils.checkpoint
 from collapsed import crosses, frame
 from torch import nn
 
-from nc_probe import ClassMoments, NCProbe, measure
+from nc_probe import ClassMoments, NCProbe, measure, pass_sums
+from nc_probe.measures import formulas
 from nc_probe.moments import second_pass, validation
 from nc_probe.plots import plot_angles, plot_grams
 from recipes.benchmarks.merged import closed_form, samples
@@ -184,7 +185,7 @@ def test_bfloat16_activations_are_measured_as_they_are(center):
     """Every number of the report, against float64 sums over the very activations that the classifier received."""
     model, (x, labels) = Net().eval(), data()
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        report = run(model, x, labels, center=center, groups=GROUPS)
+        report = run(model, x, labels, center=center, groups=GROUPS, spectrum=True)
         h = model.features(x)
     assert h.dtype == torch.bfloat16
     arrays = (h.double().numpy(), labels.numpy(), model.fc.weight.detach().double().numpy())
@@ -206,7 +207,7 @@ def test_nc1_by_a_second_look_where_class_means_merge_in_closed_form(merged):
     coordinates = (means - means.mean(0)) @ Q
     truth = s**2 / 3 * float(torch.linalg.inv(coordinates.T @ coordinates / 4).trace()) / 4
     net = nn.Linear(20, 4).double().eval()
-    report = run(net, x, labels, size=5, groups={"merged": [2, 3], "apart": [0, 1]})
+    report = run(net, x, labels, size=5, groups={"merged": [2, 3], "apart": [0, 1]}, spectrum=True)
     assert report.nc1_rank == 3 and report.nc1 == pytest.approx(truth, rel=1e-13 / merged)
     moments = ClassMoments(4, 20).update(x, labels)
     expected = measure(moments, net.weight, net.bias, groups={"merged": [2, 3], "apart": [0, 1]})
@@ -273,16 +274,16 @@ def test_absent_classes_attract_nobody():
 
 def test_cache_budgets():
     model, (x, labels) = Net().eval(), data()
-    whole, most = run(model, x, labels), 57 * d * 4
+    whole, most = run(model, x, labels, spectrum=True), 57 * d * 4
     assert whole.nc4_source == "from a second look at the features, kept in the host's memory as float32"
-    memory = run(model, x, labels, cache_bytes=most, spill_bytes=0)
-    disk = run(model, x, labels, cache_bytes=1, spill_bytes=most)
-    both = run(model, x, labels, cache_bytes=most - 1, spill_bytes=most)
+    memory = run(model, x, labels, spectrum=True, cache_bytes=most, spill_bytes=0)
+    disk = run(model, x, labels, spectrum=True, cache_bytes=1, spill_bytes=most)
+    both = run(model, x, labels, spectrum=True, cache_bytes=most - 1, spill_bytes=most)
     for report in (memory, disk, both):
         assert_same(report, whole)
     assert memory.nc4_source == whole.nc4_source and "memory and disk" in disk.nc4_source == both.nc4_source
-    short = run(model, x, labels, cache_bytes=most - 1, spill_bytes=0)
-    none = run(model, x, labels, cache_bytes=0)
+    short = run(model, x, labels, spectrum=True, cache_bytes=most - 1, spill_bytes=0)
+    none = run(model, x, labels, spectrum=True, cache_bytes=0)
     for report in (short, none):
         assert math.isnan(report.nc4) and math.isnan(report.center_accuracy)
         assert report.class_nc4 == () and "absent: features exceed cache_bytes and spill_bytes" in report.nc4_source
@@ -290,6 +291,19 @@ def test_cache_budgets():
         assert report.nc1 == pytest.approx(whole.nc1, rel=1e-12)
         assert report.class_nc1 == pytest.approx(whole.class_nc1, rel=1e-12)
         assert report.participation_ratio == pytest.approx(whole.participation_ratio, rel=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_bytes": 0}], ids=["kept", "scatter"])
+def test_ranks_of_features_are_there_where_they_are_asked_for(settings, monkeypatch):
+    model, (x, labels) = Net().eval(), data()
+    asked = run(model, x, labels, spectrum=True, **settings)
+    monkeypatch.setattr(formulas, "spectrum", None)  # nothing is computed for what nobody asks
+    monkeypatch.setattr(pass_sums, "within_class_scatter", None)
+    report = run(model, x, labels, **settings)
+    ranks = {"feature_rank", "stable_rank", "participation_ratio"}
+    assert asked.scalars().keys() - report.scalars().keys() == ranks and asked.feature_rank == d
+    assert {name for name, value in report.as_dict().items() if value != asked.as_dict()[name]} == ranks
+    assert "features: no ranks, for which NCProbe takes spectrum=True" in str(report)
 
 
 def test_a_full_disk_is_a_budget(monkeypatch):
