@@ -135,7 +135,8 @@ def fixed_point(
     followed = residual_history is not None or callback is not None
     loops = solver.while_loop and not followed and torch.compiler.is_compiling() and not torch.is_grad_enabled()
     check_every = solver.check_every or (1 if can_read_without_sync(z0) else 4)
-    layout, shape = Layout.of(z0), cast(Sequence[int], z0.shape)
+    layout = Layout.of(z0)
+    like = z0  # for its shape: a recorded loop takes tensors from outside of it, but no numbers that vary
 
     # Type promotion, rather than a test of the dtype, so that fx can record it.
     z = layout.rows(z0) + z0.new_zeros(1, dtype=solver.precision)
@@ -147,7 +148,7 @@ def fixed_point(
 
     def evaluate(z: Tensor) -> Tensor:
         version = None if tracing else z._version
-        fz = f(layout.state(z, shape).to(z0.dtype))
+        fz = f(layout.state(z, like.shape).to(like.dtype))
         if version is not None and z._version != version:
             raise ValueError("f must not change its input in place, as relu_(z) and z.add_(x) do")
         return fz
@@ -178,7 +179,7 @@ def fixed_point(
                 evaluations = evaluations.index_fill(0, rows, step)
                 finished = whole.put(rows, run), rows[kept]
                 run, fz, state = run.take(kept), fz.index_select(0, kept), _take(state, kept)
-                f, shape = subset_map(rows[kept]), (left, *z0.shape[1:])
+                f, like = subset_map(rows[kept]), z0[:left]
         run, state = _advance(run, fz, state, solver)
         if loops and step > solver.period:
             run, step = _while_loop(run, state, solver, stopping, evaluate, step)
@@ -250,7 +251,8 @@ def _while_loop(
             fz = evaluate(inner.z).flatten(1).to(inner.z.dtype)
             measured, _, _ = _measure(inner._replace(active=inner.active & left), fz, stopping)
             moved, inner_state = _advance(measured, fz, inner_state, solver)
-            inner = moved._replace(active=torch.where(left, measured.active, inner.active))
+            # Of those that the budget has left, none is active in `measured`; onnxruntime selects no booleans.
+            inner = moved._replace(active=measured.active | (inner.active & ~left))
             done = done + 1
         tensors = (*inner, *(leaf for leaf in inner_state if isinstance(leaf, Tensor)))
         return done, *(t.clone() for t in tensors)  # nor may an output be an input

@@ -39,7 +39,7 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 def model(**kwargs):
     torch.manual_seed(0)
-    return timm.create_model("deq_resnet8_cifar", max_steps=4, **kwargs).eval()
+    return timm.create_model("deq_resnet8_cifar", **{"max_steps": 4, **kwargs}).eval()
 
 
 @pytest.fixture(autouse=True)
@@ -106,19 +106,23 @@ def test_export(solver):
         assert_close(program.module()(IMAGES), net(IMAGES))
 
 
-@pytest.mark.parametrize("settings", [{}, {"while_loop": True, "memory": 2}], ids=["static", "while_loop"])
-@pytest.mark.parametrize("recorded", [True, False], ids=["grad", "no_grad"])
+LOOP = {"while_loop": True, "memory": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "recorded"), [({}, True), ({}, False), (LOOP, False)], ids=["grad", "no_grad", "while_loop"]
+)
 def test_an_exported_program_is_saved_and_loaded(settings, recorded):
-    """With parameters that require a gradient, and for batches of any size where the loop is static."""
+    """With parameters that require a gradient, and for batches of any size."""
     net = model(**settings)
-    dynamic = None if settings else ({0: torch.export.Dim("batch", min=2, max=64)},)
+    dynamic = ({0: torch.export.Dim("batch", min=2, max=64)},)
     with torch.set_grad_enabled(recorded):
         program = torch.export.export(net, (IMAGES,), dynamic_shapes=dynamic)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)
     loaded = torch.export.load(buffer).module()
-    images = torch.cat([IMAGES, 2 * IMAGES[:1]]) if dynamic else IMAGES
+    images = torch.cat([IMAGES, 2 * IMAGES[:1]])
     with torch.no_grad():
         assert_close(loaded(images), net(images))
 
@@ -194,6 +198,22 @@ class Tanh(torch.nn.Linear):
         return torch.tanh(super().forward(z) / 2 + x)
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [Picard(1e-6), *(pytest.param(s, marks=pytest.mark.slow) for s in (Anderson(1e-6), Broyden(1e-6, memory=3)))],
+)
+def test_an_exported_while_loop_takes_any_batch_and_size(solver):
+    """At the default budget, of a state whose sizes are all free but that of its channels."""
+    torch.manual_seed(0)
+    layer = Equilibrium(Tanh(5, 5), solver=replace(solver, while_loop=True)).eval()
+    free = ({0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim.AUTO},)
+    with torch.no_grad():
+        program = torch.export.export(layer, (torch.randn(2, 3, 5),), dynamic_shapes=free)
+        assert any("while_loop" in node.name for node in program.graph.nodes)
+        for x in (torch.randn(1, 3, 5), torch.randn(7, 4, 5)):
+            assert_close(program.module()(x), layer(x))
+
+
 class Solve(torch.nn.Module):
     """All that a solve tells, of `RotatingCell` and of one sample that explodes."""
 
@@ -251,7 +271,8 @@ def test_whoever_follows_a_compiled_solve_sees_all_of_it():
 
 def onnx_logits(net, path, batches, **settings):
     """What onnxruntime makes of a model for each batch of images."""
-    torch.onnx.export(net, (IMAGES,), path, dynamo=True, verbose=False, **settings)
+    program = torch.onnx.export(net, (IMAGES,), path, dynamo=True, verbose=False, **settings)
+    assert ("Loop" in [node.op_type for node in program.model.graph]) == net.layer4.equilibrium.solver.while_loop
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return [torch.from_numpy(session.run(None, {name: batch.numpy()})[0]) for batch in batches]
@@ -274,11 +295,14 @@ def test_onnx(solver, tmp_path):
 
 @ignore_exporter
 @pytest.mark.slow
-def test_onnx_with_batches_of_any_size(tmp_path):
-    net = model(memory=2)
-    batches = [IMAGES[:1], torch.cat([IMAGES, 2 * IMAGES])]
+@pytest.mark.parametrize("settings", [{}, {"while_loop": True, "max_steps": 20}], ids=["static", "while_loop"])
+def test_onnx_with_batches_of_any_size(settings, tmp_path):
+    """And images of any."""
+    net = model(memory=2, **settings)
+    batches = [IMAGES[:1], torch.cat([IMAGES, 2 * IMAGES]), torch.randn(2, 3, 48, 40)]
     with torch.no_grad():
-        dynamic = ({0: torch.export.Dim("batch", min=1, max=64)},)
+        sizes = dict.fromkeys((2, 3), torch.export.Dim.AUTO)
+        dynamic = ({0: torch.export.Dim("batch", min=1, max=64), **sizes},)
         outputs = onnx_logits(net, tmp_path / "model.onnx", batches, dynamic_shapes=dynamic)
         for output, batch in zip(outputs, batches, strict=True):
             torch.testing.assert_close(output, net(batch), rtol=1e-3, atol=1e-4)

@@ -60,7 +60,7 @@ class Solver(ABC):
             a late one costs evaluations whose results are discarded. None checks after every evaluation on a CPU and
             after every fourth elsewhere. The numbers do not depend on it.
         while_loop: Whether `torch.export` and `torch.compile` record the loop itself, `torch.while_loop`, with its
-            early exit, rather than all `max_steps` steps.
+            early exit, rather than all `max_steps` steps, where gradients are disabled.
 
     Attributes:
         precision: The state is kept in this precision or better.
