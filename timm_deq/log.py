@@ -51,7 +51,7 @@ class SolveLog(HookContext):
         self.model = model
         self.spectral_steps = spectral_steps
         self.compares_gradients = gradient_error
-        self._solves: dict[str, list[Solution]] = {"forward": [], "backward": []}
+        self._solves: dict[str, list[dict[str, Tensor]]] = {"forward": [], "backward": []}
         self._traces: list[list[Tensor]] = []
         self._radii: list[Tensor] = []
         self._gradient_errors: list[Tensor] = []
@@ -66,7 +66,8 @@ class SolveLog(HookContext):
                 yield layer.register_forward_hook(Hook(self._follow_gradient), prepend=True, with_kwargs=True)
 
     def _record(self, layer: Equilibrium, phase: str, solution: Solution, trace: list[Tensor]) -> None:
-        self._solves[phase].append(solution._replace(value=torch.empty(0), state=None))  # what is large is not kept
+        small = {name: getattr(solution, name) for name in ("steps", "evaluations", "residual", "status")}
+        self._solves[phase].append(small)  # no tuple of a class, which torch.compile of torch 2.11 cannot hand on
         if phase == "forward":
             self._traces.append(trace)
 
@@ -188,7 +189,7 @@ class SolveLog(HookContext):
         return summary
 
     def _column(self, phase: str, field: str) -> Tensor:
-        columns = [getattr(solution, field).cpu() for solution in self._solves[phase]]
+        columns = [solve[field].cpu() for solve in self._solves[phase]]
         return torch.cat(columns) if columns else torch.empty(0)
 
 

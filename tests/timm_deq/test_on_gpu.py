@@ -162,7 +162,7 @@ def test_training_waits_only_to_ask_whether_it_is_done():
 
 
 # Forward mode loads decompositions that torch itself still scripts.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_derivatives_of_other_orders():
     cell, x = cell_and_input("attention")
     v, found = torch.randn(x.shape, generator=generator(3), dtype=x.dtype), []

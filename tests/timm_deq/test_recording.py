@@ -109,6 +109,7 @@ def test_export(solver):
 LOOP = {"while_loop": True, "memory": 2}
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # by torch.export.load itself
 @pytest.mark.parametrize(
     ("settings", "recorded"), [({}, True), ({}, False), (LOOP, False)], ids=["grad", "no_grad", "while_loop"]
 )

@@ -32,7 +32,7 @@ from timm_deq import (
 )
 
 # Forward mode loads decompositions that torch itself still scripts.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 TIGHT = Anderson(1e-13, 60)
 # Each so close to its limit that it has the derivative of the equilibrium.
