@@ -21,6 +21,7 @@ from nc_probe.moments.second_pass import SecondPass, SecondPassStats, within_cla
 from nc_probe.moments.witness import ROWS, TOLERANCE, WitnessRows
 from nc_probe.place_sums import PlaceSums
 from nc_probe.report import CollapseReport
+from nc_probe.waiting import CheckedBatch, WaitingBatches
 
 __all__ = ["PassSums"]
 
@@ -50,7 +51,7 @@ class PassSums:
         spectrum: bool,
     ) -> None:
         self.head, self.num_classes, self.settings, self.spectrum = head, num_classes, settings, spectrum
-        self._cache = cache
+        self._cache, self._waiting = cache, WaitingBatches()
         self._places = PlaceSums(captured, cache.beside, classifier=head is not None)
         # Variances and scatter wait for a second look at the features, unless they are gone by then, or rounded.
         self._deferred = not cache.budget_exceeded and cache.dtype is None
@@ -70,6 +71,8 @@ class PassSums:
             stream.reset()
         self._cache.clear()
         self._places.reset()
+        self._waiting.clear()
+        self._sizes: list[list[int]] = []  # of the batches that were added together, and are kept so
         self._second_passes: list[SecondPass] = []
         self._reports: dict[bool, CollapseReport] = {}
 
@@ -79,12 +82,14 @@ class PassSums:
         Raises:
             ValueError: there are none.
         """
+        self._add_waiting()
         passes = [SecondPass(stream.gathered(sync=True)) for stream in self.classifiers]
         self._places.begin_second_pass()
         self._second_passes, self._reports = passes, {}
 
     def end(self) -> None:
-        """Hold the weights of the classifier, on a rank without samples too."""
+        """Add what is waiting, and hold the weights of the classifier, on a rank without samples too."""
+        self._add_waiting()
         for stream in self.classifiers:
             stream.snapshot()
 
@@ -97,32 +102,24 @@ class PassSums:
             mask: True for these samples among those captured; None for all.
             output: (B, ...) tensors that the model gave, among which the logits may be.
         """
-        first = not self._second_passes
         self._reports = {}
         captured = self._places.pop(labels, mask)  # whatever is refused is refused before anything is added
-        if first:
-            for stream in self.classifiers:
-                stream.add(features, labels)
-            self._places.add(captured, labels)
-        labels = labels.long().clamp(0, self.num_classes - 1)  # an accelerator's are checked later
-        outputs = [output, *[()] * (len(self.classifiers) - 1)]
-        choices = [
-            stream.choose(features, labels, given, count=first)
-            for stream, given in zip(self.classifiers, outputs, strict=True)
-        ]
-        batch = CachedBatch(features, labels, torch.cat(choices, 1) if choices[1:] else choices[0])
-        for stream, second, choice in zip(self.classifiers, self._second_passes, choices, strict=False):
-            second.add([features[:, stream.columns]], labels, choice[:, 0] if choice.shape[1] else None)
-        if not first:
-            self._places.show_again(captured, labels, choices[0])
+        logits = next((x for x in output if x.shape == (len(labels), self.num_classes)), None)
+        if self._second_passes:
+            self._show_again(features, labels, captured, logits)
             return
-        self._keep(batch)
-        self._places.keep(captured, labels, choices[0])
+        norms = [stream.check(features, labels) for stream in self.classifiers]
+        batch = CheckedBatch(features, labels.clone(), logits, norms)
+        if not self._waiting.fits(batch):
+            self._add_waiting()
+        if self._waiting.append(batch) or self.captures or not self._deferred:
+            self._add_waiting(captured)
 
     def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield features (B, D) and labels (B,) of this rank, batch by batch."""
-        for batch in self._cache:
-            yield batch.features, batch.labels
+        self._add_waiting()
+        for batch, sizes in zip(self._cache, self._sizes, strict=False):  # none, once they were too many
+            yield from zip(batch.features.split(sizes), batch.labels.split(sizes), strict=True)
 
     def compute(self, *, sync: bool) -> CollapseReport:
         """Make the report, once; over all ranks, every one of which must call it, or of this rank."""
@@ -147,8 +144,44 @@ class PassSums:
 
     def exceeded(self, *, sync: bool) -> bool:
         """Tell whether the features of some rank, or of this one, are not kept."""
+        self._add_waiting()
         exceeded = [int(self._cache.budget_exceeded)]
         return any(ranks.all_reduce_max(exceeded) if sync else exceeded)
+
+    def _add_waiting(self, captured: Sequence[dict[str, Tensor]] = ()) -> None:
+        """Add the batches that wait; of the last of them, if it is the only one, what was captured too."""
+        waiting = self._waiting.pop()
+        if waiting is None:
+            return
+        (features, labels, logits, norms), sizes = waiting
+        for stream in self.classifiers:
+            stream.add(features, labels)
+        self._places.add(captured, labels)
+        labels = labels.long().clamp(0, self.num_classes - 1)  # an accelerator's are checked later
+        choices = [
+            stream.choose(features, labels, given, norm, count=True)
+            for stream, given, norm in zip(self.classifiers, self._given(logits), norms, strict=True)
+        ]
+        self._keep(CachedBatch(features, labels, torch.cat(choices, 1) if choices[1:] else choices[0]))
+        self._sizes.append(sizes)
+        self._places.keep(captured, labels, choices[0])
+
+    def _show_again(
+        self, features: Tensor, labels: Tensor, captured: Sequence[dict[str, Tensor]], logits: Tensor | None
+    ) -> None:
+        """Look at a batch again, of a second pass over the samples."""
+        labels = labels.long().clamp(0, self.num_classes - 1)
+        choices = [
+            stream.choose(features, labels, given, count=False)
+            for stream, given in zip(self.classifiers, self._given(logits), strict=True)
+        ]
+        for stream, second, choice in zip(self.classifiers, self._second_passes, choices, strict=True):
+            second.add([features[:, stream.columns]], labels, choice[:, 0] if choice.shape[1] else None)
+        self._places.show_again(captured, labels, choices[0])
+
+    def _given(self, logits: Tensor | None) -> list[Tensor | None]:
+        """Logits for each classifier: of the whole head, and of none of its maps."""
+        return [logits, *[None] * (len(self.classifiers) - 1)]
 
     def _keep(self, batch: CachedBatch) -> None:
         """Keep the features of a batch, in the room of layers and solves too if need be."""
@@ -229,7 +262,7 @@ class PassSums:
         # Where the witness would be most of the data, float64 costs no more.
         exact = [int(self._cache.in_float64 or not self._deferred or not float32_has_all_bits(moments.device))]
         exact = any(ranks.all_reduce_max(exact) if sync else exact)
-        return (torch.float64,) if exact or int(moments.count.sum()) <= 4 * ROWS else (torch.float32, torch.float64)
+        return (torch.float64,) if exact or int(moments.count.sum()) <= 8 * ROWS else (torch.float32, torch.float64)
 
     def _features(self, index: int, witness: WitnessRows | None = None) -> Iterator[Tensor]:
         """Yield those kept for a classifier, batch by batch; a witness sees them too."""

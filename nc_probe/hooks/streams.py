@@ -60,21 +60,48 @@ class ClassifierStream:
         self._snapshot: tuple[Tensor, Tensor | None] | None = None
         self._scores: Scores | None = None
 
-    def add(self, features: Tensor, labels: Tensor) -> None:
-        """Add a batch: features of the whole head (B, D), labels (B,)."""
-        x = features[:, self.columns]
+    def check(self, features: Tensor, labels: Tensor) -> Tensor | None:
+        """Check a batch, features of the whole head (B, D) and labels (B,), before it is added where class sums are.
+
+        Returns:
+            Norms (B,) float32 of the features, of which `choose` makes use too; None where it has none.
+
+        Raises:
+            ValueError: as by `ClassMoments.update`.
+        """
+        x = features[:, self.columns].detach()
         if self.moments is None:
             self.moments = self.make(x.shape[1])
+        self.snapshot()
+        rough = x.device.type == "cpu" and x.dtype in DTYPES[1:]
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) if rough else None
+        if isinstance(self.moments, ClassSums):
+            self.moments.check(x, labels, norms)
+        return norms
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Add a batch: features of the whole head (B, D), labels (B,)."""
+        assert self.moments is not None
+        x = features[:, self.columns]
         self.moments.update(x, labels)
         self._dtype = max(self._dtype, DTYPES.index(x.dtype))
 
-    def choose(self, features: Tensor, labels: Tensor, output: Sequence[Tensor] = (), *, count: bool) -> Tensor:
+    def choose(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        logits: Tensor | None = None,
+        norms: Tensor | None = None,
+        *,
+        count: bool,
+    ) -> Tensor:
         """Return the class chosen for each sample, (B, 1), or (B, 0) without a classifier; `count` the right ones.
 
         Args:
             features: (B, D) of the whole head.
             labels: (B,).
-            output: tensors that the model gave. One that is (B, K) may be the logits: they are not computed again.
+            logits: (B, K) that the model gave, which are not computed again where they are those of the classifier.
+            norms: (B,) of these features, if known.
             count: the right ones.
         """
         if self.linear is None:
@@ -85,8 +112,7 @@ class ClassifierStream:
             if self._scores is None:
                 self._scores = Scores(weight, weight.new_zeros(len(weight)) if bias is None else bias)
             x, labels = features[:, self.columns].detach().to(weight.device), labels.to(weight.device)
-            logits = next((x for x in output if x.shape == (len(labels), len(weight))), None)
-            chosen = self._scores.highest(x) if logits is None else self._scores.highest_of(logits, x, labels)
+            chosen = self._scores.highest(x) if logits is None else self._scores.highest_of(logits, x, labels, norms)
             if not count:
                 return chosen[:, None]
             if self.correct is None:

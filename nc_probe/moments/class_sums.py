@@ -1,6 +1,8 @@
 """Class sums in float64: the first moments alone, where a second look at the features gives the others.
 
-Of x - c, with the first sample as c, so that a large common offset cancels before it rounds.
+Features in float32 and coarser are summed as they are: numbers of 24 bits, of which a sum in float64 keeps every bit
+while they and the sum are within a factor of 2^29, as those about a large common offset are. Of features in float64
+x - c is summed, with the first sample as c, so that such an offset cancels before it rounds.
 """
 
 import copy
@@ -12,50 +14,45 @@ from torch import Tensor
 from nc_probe.moments.blocks import block_rows
 from nc_probe.moments.class_moments import ClassMoments
 from nc_probe.moments.precision import float64_context
-from nc_probe.moments.state import State
 from nc_probe.moments.validation import check_batch, validate_values
 
 __all__ = ["ClassSums"]
 
 
-class ClassSums(State):
-    """Streaming count and sum of K classes of d features. Values are checked as by `ClassMoments`.
+class ClassSums:
+    """Streaming count and sum of K classes of d features.
 
     Args:
         empty: moments without samples, which tell K, d and the device.
 
     Attributes:
-        count: (K,) int64 samples seen.
-        total: (K, d) float64, their sum about `origin`.
-        origin: (d,) float64, the first sample.
+        batches: number of batches checked.
     """
 
-    # In `_bad`: the first batch with a bad label, and with a bad feature; -1 for none.
-    NAMES = ("count", "total", "origin", "_bad")
-    count: Tensor
-    total: Tensor
-    origin: Tensor
-    _bad: Tensor
-
     def __init__(self, empty: ClassMoments) -> None:
-        super().__init__(empty.device)
         self._empty = empty
-        self.num_classes, self.num_features = empty.num_classes, empty.num_features
+        self.num_classes, self.num_features, self.device = empty.num_classes, empty.num_features, empty.device
+        self._memory = torch.empty(0, empty.num_features)
         self.reset()
 
-    def empty(self) -> dict[str, Tensor]:
-        """Make the tensors as they are without samples."""
-        self._started = False
+    def reset(self) -> None:
+        """Drop every sample."""
+        K, d, self.batches = self.num_classes, self.num_features, 0
         real: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
-        return {
-            "count": torch.zeros(self.num_classes, dtype=torch.int64, device=self.device),
-            "total": torch.zeros(self.num_classes, self.num_features, **real),
-            "origin": torch.zeros(self.num_features, **real),
-            "_bad": torch.full((2,), -1, dtype=torch.int64, device=self.device),
-        }
+        with float64_context(self.device):
+            self.count = torch.zeros(K, dtype=torch.int64, device=self.device)
+            self._total, self._origin = torch.zeros(K, d, **real), torch.zeros(d, **real)  # the sum is about the origin
+            # The first batch with a bad label, and with a bad feature; -1 for none.
+            self._bad = torch.full((2,), -1, dtype=torch.int64, device=self.device)
+        self._started = self._about_origin = False
 
-    def update(self, features: Tensor, labels: Tensor) -> None:
-        """Add a batch: features (B, d) floating point, labels (B,) integers in 0..K-1, on any device.
+    def check(self, features: Tensor, labels: Tensor, norms: Tensor | None = None) -> None:
+        """Check a batch, before it is added, as `ClassMoments.update` does.
+
+        Args:
+            features: (B, d) floating point, on any device.
+            labels: (B,) integers in 0..K-1.
+            norms: (B,) of the features, if they are known: finite where these are.
 
         Raises:
             ValueError: as by `ClassMoments.update`.
@@ -63,25 +60,33 @@ class ClassSums(State):
         with float64_context(self.device):
             check_batch(features, labels, self.num_features)
             x, labels = features.detach().to(self.device), labels.detach().long()
-            self._bad = validate_values(x, labels, self.num_classes, batch=self.batches, bad=self._bad)
+            self._bad = validate_values(x, labels, self.num_classes, batch=self.batches, bad=self._bad, norms=norms)
             self.batches += 1
-            if not len(labels):
-                return
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add a batch that has been checked: features (B, d), labels (B,)."""
+        if not len(labels):
+            return
+        with float64_context(self.device):
+            x = features.detach().to(self.device)
+            labels = labels.detach().to(self.device).long().clamp(0, self.num_classes - 1)  # others are known by `_bad`
             if not self._started:
-                self.origin.copy_(x[0])
-                self._started = True
-            labels = labels.to(self.device).clamp(0, self.num_classes - 1)  # the others are known by `_bad`
+                self._started, self._about_origin = True, x.dtype == torch.float64
+                if self._about_origin:
+                    self._origin.copy_(x[0])
             self.count.index_add_(0, labels, torch.ones_like(labels))
             rows = min(block_rows(self.device, self.num_features), len(x))
-            memory = self.total.new_empty(rows, self.num_features)
+            if len(self._memory) < rows or self._memory.device != self._total.device:  # pages that are new take time
+                self._memory = self._total.new_empty(rows, self.num_features)
             for part, of in zip(x.split(rows), labels.split(rows), strict=True):
-                self.total.index_add_(0, of, memory[: len(part)].copy_(part).sub_(self.origin))
+                y = self._memory[: len(part)].copy_(part)
+                self._total.index_add_(0, of, y.sub_(self._origin) if self._about_origin else y)
 
     def moments(self) -> ClassMoments:
         """Return moments of these counts and means, without variances."""
         moments = copy.copy(self._empty).reset()
         with float64_context(self.device):
-            mean = torch.addcdiv(self.origin, self.total, self.count.clamp(min=1)[:, None].double())
+            mean = torch.addcdiv(self._origin, self._total, self.count.clamp(min=1)[:, None].double())
             moments.mean = mean.masked_fill_((self.count == 0)[:, None], 0)
             moments.count, moments._bad = self.count.clone(), self._bad.clone()
             moments.batches = self.batches

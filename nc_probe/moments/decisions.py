@@ -6,7 +6,8 @@ rounding w, x and b beforehand and adding b adds four u. So a class that leads a
 
     2 (d + 4) u (||w|| ||x|| + |b|),    u = 2^-24, with the largest ||w|| and |b|,
 
-leads in exact arithmetic. The few samples where none does, ties among them, are scored again in float64.
+leads in exact arithmetic. Where none does, ties among them, the classes within that of the first are scored again in
+float64: most often two for each of a few samples.
 
 Scores that a classifier has just given need no product of their own: it is enough that they are what they should be,
 which a random combination of the classes shows (Freivalds 1977), sum_k r_k s_k = (sum_k r_k w_k) . x + sum_k r_k b_k.
@@ -27,6 +28,9 @@ __all__ = ["Scores", "UNIT"]
 # Unit roundoff of float32.
 UNIT = 2.0**-24
 
+# Numbers of contenders scored at once: 4 MB.
+PAIRS = 2**19
+
 # Added to norms, so that what underflows is within the bound. What overflows has an infinite one.
 TINY = 2.0**-50
 
@@ -42,7 +46,7 @@ class Scores:
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.weight, self.bias = weight, bias
         self._rounded: tuple[Tensor, Tensor] | None = None
-        self._check: tuple[Tensor, Tensor, float] | None = None
+        self._check: tuple[Tensor, Tensor, float, float, float] | None = None
         d = weight.shape[1]
         self._unit = 2 * (d + 4) * UNIT if d <= 2**16 else torch.inf
         # A hundredth more for what is of second order, and for the norm of x in float32.
@@ -69,30 +73,28 @@ class Scores:
         chosen = []
         start = 0
         for part in x.split(block_rows(x.device, x.shape[1])):
-            index = slice(start, start + len(part))
-            found, undecided = self._roughly(part, None if error is None else error[index])
-            if len(undecided):
-                again = part[undecided] if exact is None else exact(undecided + start)
-                found[undecided] = self._exactly(again)
-            chosen.append(found)
+            scores, lead = self._roughly(part, None if error is None else error[start : start + len(part)])
+            chosen.append(self._decide(scores, lead, part.__getitem__ if exact is None else _shifted(exact, start)))
             start += len(part)
         return torch.cat(chosen)
 
-    def highest_of(self, logits: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+    def highest_of(self, logits: Tensor, x: Tensor, labels: Tensor, norms: Tensor | None = None) -> Tensor:
         """Find the class of the highest score where the scores have been computed before.
 
         Args:
             logits: (B, K) that are believed to be the scores of x. Where they are not, they are not used.
             x: (B, d).
             labels: (B,) classes that are likely to be the highest, each asked for first.
+            norms: (B,) float32 of x, if known.
         """
         usable = logits.dtype == torch.float32 and x.dtype != torch.float64 and float32_has_all_bits(x.device)
         if not usable or logits.device != x.device or not self._all_finite:
             return self.highest(x)
         features, logits = x.float(), logits.clone() if logits.is_inference() else logits
-        tolerance = self._unit * ((torch.linalg.vector_norm(features, dim=1) + TINY) * self._size + self._offset)
-        signs, image, constant = self._checksum()
-        known = ((logits @ signs).sub_(features @ image).sub_(constant).abs_()) <= tolerance
+        norms = torch.linalg.vector_norm(features, dim=1) if norms is None else norms
+        signs, image, constant, slope, least = self._checksum()
+        tolerance = (norms * slope).add_(least)
+        known = torch.addmv(logits @ signs, features, image, alpha=-1).sub_(constant).abs_() <= tolerance
         lead = 3 * tolerance
         own, slot = logits.gather(1, labels[:, None]), labels[:, None]
         rest = logits.scatter_(1, slot, -torch.inf).amax(1)
@@ -100,35 +102,67 @@ class Scores:
         chosen = labels.clone()
         others = (~(known & (own[:, 0] - rest > lead))).nonzero()[:, 0]  # NaN is
         if len(others):
-            scores = logits[others]
-            top, chosen[others] = scores.max(1)
-            second = scores.scatter_(1, chosen[others, None], -torch.inf).amax(1)
-            undecided = others[~(known[others] & (top - second > lead[others]))]
-            if len(undecided):
-                chosen[undecided] = self.highest(x[undecided])
+            unknown, others = others[~known[others]], others[known[others]]
+            if len(unknown):
+                chosen[unknown] = self.highest(x[unknown])
+            chosen[others] = self._decide(logits[others], lead[others], lambda rows: x[others[rows]])
         return chosen
+
+    def _decide(self, scores: Tensor, lead: Tensor, exact: Callable[[Tensor], Tensor]) -> Tensor:
+        """Find the highest of scores (n, K) in float32, which are overwritten.
+
+        Args:
+            scores: of which any two are off by `lead` together, or less.
+            lead: (n,).
+            exact: gives x (m, d) for indices (m,).
+        """
+        top, chosen = scores.max(1)
+        second = scores.scatter_(1, chosen[:, None], -torch.inf).amax(1)
+        undecided = (~(top - second > lead)).nonzero()[:, 0]  # NaN is
+        if len(undecided):
+            contenders = ~(scores[undecided] < (top - lead)[undecided, None])
+            contenders.scatter_(1, chosen[undecided, None], True)
+            chosen[undecided] = self._among(contenders, exact(undecided))
+        return chosen
+
+    def _among(self, contenders: Tensor, x: Tensor) -> Tensor:
+        """Find the class of the highest score in float64, of those that (n, K) marks, for x (n, d)."""
+        rows, classes = contenders.nonzero().unbind(1)
+        (n, K), d = contenders.shape, self.weight.shape[1]
+        if 32 * len(rows) > K * (n + 8):  # one product for all, which reads the weight once
+            return self._exactly(x)
+        x, size = x.to(self.weight), max(PAIRS // d, 1)
+        scores = [
+            (x[i] * self.weight[k]).sum(1).add_(self.bias[k])
+            for i, k in zip(rows.split(size), classes.split(size), strict=True)
+        ]
+        scores = torch.cat(scores)
+        highest = scores.new_full((n,), -torch.inf).scatter_reduce_(0, rows, scores, "amax")
+        first = scores == highest[rows]
+        return classes.new_full((n,), K).scatter_reduce_(0, rows[first], classes[first], "amin")
 
     def _exactly(self, x: Tensor) -> Tensor:
         return torch.addmm(self.bias, x.to(self.weight), self.weight.T).argmax(1)
 
     def _roughly(self, x: Tensor, error: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the class (B,) that leads in float32, and the indices of samples where it may be another."""
+        """Compute scores (B, K) in float32, and the lead (B,) of one that leads in exact arithmetic too."""
         if self._rounded is None:
             self._rounded = self.bias.float(), self.weight.float().T
         rounded = x.float()
         scores = torch.addmm(*self._rounded[:1], rounded, self._rounded[1])
-        top, chosen = scores.max(1)
-        second = scores.scatter_(1, chosen[:, None], -torch.inf).amax(1)
         lead = self._unit * ((rounded.norm(dim=1) + TINY) * self._size + self._offset)
-        if error is not None:
-            lead += 2 * self._size * error
-        return chosen, (~(top - second > lead)).nonzero()[:, 0]  # NaN is
+        return scores, lead if error is None else lead + 2 * self._size * error
 
-    def _checksum(self) -> tuple[Tensor, Tensor, float]:
-        """r (K,), sum_k r_k w_k (d,) and sum_k r_k b_k, with 1 <= |r_k| <= 2."""
+    def _checksum(self) -> tuple[Tensor, Tensor, float, float, float]:
+        """r (K,), sum_k r_k w_k (d,) and sum_k r_k b_k, with 1 <= |r_k| <= 2; a and b of the tolerance a ||x|| + b."""
         if self._check is None:
             gen = torch.Generator().manual_seed(0)
             r = torch.rand(len(self.bias), generator=gen, dtype=torch.float64) * 2 - 1
             r = (r + r.sign()).to(self.weight)
-            self._check = r.float(), (r @ self.weight).float(), float(r @ self.bias)
+            slope, offset = self._unit * float(self._size), self._unit * float(self._offset)
+            self._check = r.float(), (r @ self.weight).float(), float(r @ self.bias), slope, slope * TINY + offset
         return self._check
+
+
+def _shifted(exact: Callable[[Tensor], Tensor], start: int) -> Callable[[Tensor], Tensor]:
+    return lambda rows: exact(rows + start)

@@ -17,6 +17,10 @@ def float64_context(device: torch.device) -> Iterator[None]:
 
     TF32 does not touch float64, in which everything is computed that float32 is not known to be enough for.
     """
+    changed = torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device.type)
+    if not changed and torch.empty(0).device.type == "cpu":  # within another: entering again takes its time
+        yield
+        return
     with cpu_by_default(), torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
@@ -25,7 +29,7 @@ def float64_context(device: torch.device) -> Iterator[None]:
 def cpu_by_default() -> Iterator[None]:
     """Make tensors on the CPU where no device is named, whatever `torch.set_default_device` says."""
     # Entered only where there is need, as it costs every call of PyTorch inside some microseconds.
-    elsewhere = torch.get_default_device().type != "cpu"
+    elsewhere = torch.empty(0).device.type != "cpu"  # `torch.get_default_device` takes longer
     with torch.device("cpu") if elsewhere else contextlib.nullcontext():
         yield
 

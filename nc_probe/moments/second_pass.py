@@ -100,7 +100,7 @@ class SecondPass:
                 self._bases.append((inside, None if bool(member[seen].all()) else member))
             if lengths is not None:
                 self._bases[0] = lengths, self._bases[0][1]  # V^T B is diagonal
-            self._near = torch.zeros_like(moments.trace)  # half the way to the next mean, or less
+            self._near = torch.zeros_like(moments.trace)  # half the way to the next mean from its own, or less
             if moments.device.type == "cpu" and int(moments.count.sum()) > 4 * (directions + 1):
                 self._near[seen] = _half_gaps(self._means[seen])
             self._prepare()
@@ -114,14 +114,14 @@ class SecondPass:
             chosen: (N,) by the classifier, if there is one.
         """
         moments = self.moments
-        rows = block_rows(moments.device, moments.num_features) * (1 if self.dtype == torch.float64 else 2)
-        start = 0
+        rows = block_rows(moments.device, moments.num_features) * (1 if self.dtype == torch.float64 else 4)
         with float64_context(moments.device):
             chosen = None if chosen is None else chosen.to(moments.device)
-            for x, of, parts in deviations_and_parts(features, labels, self._rounded, rows=rows):
-                stop = start + len(of)
-                self._add(x, of, parts, None if chosen is None else chosen[start:stop])
-                start = stop
+            blocks = deviations_and_parts(features, labels, self._rounded, rows=rows)
+            nearest = torch.cat([labels[:0].to(moments.device).long(), *(self._add(*block) for block in blocks)])
+            labels = labels.to(nearest)
+            agree = torch.zeros_like(labels) if chosen is None else nearest == chosen
+            self._tally.index_add_(0, labels, torch.stack([torch.ones_like(labels), nearest == labels, agree], 1))
 
     def compute(self, *, sync: bool = True, witness: WitnessRows | None = None) -> SecondPassStats:
         """Sum over all ranks, every one of which must call it; or with `sync=False` over this one.
@@ -159,7 +159,7 @@ class SecondPass:
         bases = [(basis.to(dtype), member) for basis, member in self._bases]
         self._by_dtype = {torch.float64: (self._span, self._bases), dtype: (span, bases)}
         self._anchors = (self._means - self._lost_inside).to(dtype)
-        self._offset = self._lost_inside.norm(dim=1)
+        self._near = (0.9999 * (self._near - self._lost_inside.norm(dim=1))).to(dtype)
         d, q = moments.num_features, self._means.shape[1]
         # A sum of d products is off by d u ||v|| ||x|| or less, and so are the q of them (`decisions.py`).
         self._unit = (d + 4) * torch.finfo(dtype).eps / 2 * math.sqrt(q) if d <= 2**16 else math.inf
@@ -181,24 +181,22 @@ class SecondPass:
             found.append(squares if mine is None else squares.new_zeros(len(p)).masked_scatter_(mine, squares))
         return [*found, norms.double().square()]
 
-    def _add(self, x: Tensor, labels: Tensor, parts: list[Tensor], chosen: Tensor | None) -> None:
+    def _add(self, x: Tensor, labels: Tensor, parts: list[Tensor]) -> Tensor:
+        """Add deviations x (n, d), and find the nearest class means (n,)."""
         p, norms = self._inside(x), torch.linalg.vector_norm(x, dim=1)
         for total, squares in zip([*self.projected, self.trace], self._squares(p, labels, norms), strict=True):
             total.index_add_(0, labels, squares)
-        nearest = self._nearest(p, labels, norms, parts)
-        agree = torch.zeros_like(labels) if chosen is None else nearest == chosen
-        self._tally.index_add_(0, labels, torch.stack([torch.ones_like(labels), nearest == labels, agree], 1))
+        return self._nearest(p, labels, norms, parts)
 
     def _nearest(self, p: Tensor, labels: Tensor, norms: Tensor, parts: list[Tensor]) -> Tensor:
         """Find the nearest class mean (n,) of samples, whose deviations from their own have `norms`."""
         if p.device.type != "cpu":
             return self._seen[self._scores.highest(p + self._anchors[labels])]
-        error, nearest = self._unit * norms, labels.clone()
-        distance = 1.0001 * torch.linalg.vector_norm(p, dim=1) + error + self._offset[labels]
+        distance = torch.linalg.vector_norm(p, dim=1).add_(norms, alpha=self._unit)
         open_ = (~(distance < self._near[labels])).nonzero()[:, 0]  # NaN is
         if not len(open_):
-            return nearest
-        of = labels[open_]
+            return labels
+        nearest, of = labels.clone(), labels[open_]
         place = p[open_] + self._anchors[of]
         if self.dtype == torch.float64:
             nearest[open_] = self._seen[self._scores.highest(place)]
@@ -209,23 +207,22 @@ class SecondPass:
             return self._inside(x - self.moments.mean[mine]) + self._means[mine]
 
         rounding = 2 * UNIT * (torch.linalg.vector_norm(place, dim=1) + torch.linalg.vector_norm(p[open_], dim=1))
-        found = self._scores.highest(place, error=1.01 * (error[open_] + rounding), exact=exact)
+        found = self._scores.highest(place, error=1.01 * (self._unit * norms[open_] + rounding), exact=exact)
         nearest[open_] = self._seen[found]
         return nearest
 
     def _compare(self, witness: WitnessRows) -> Tensor:
         """Compute the squares of rows in both precisions: sums (bases + 1, 3) for `relative_error`."""
-        x, labels = witness.features(), witness.labels
-        if x is None:
-            return self.trace.new_zeros(len(self.projected) + 1, 3)
-        y, rough = x.double() - self.moments.mean[labels], x.to(self.dtype) - self._rounded[labels]
-        exact = self._squares(self._inside(y), labels, y.norm(dim=1))
-        p = self._inside(rough) - self._lost_inside[labels].to(self.dtype)
-        norms = (rough - self._lost[labels].to(self.dtype)).norm(dim=1)
-        differences = [a - b for a, b in zip(self._squares(p, labels, norms), exact, strict=True)]
-        return torch.stack(
-            [torch.stack([off.sum(), off.square().sum(), of.sum()]) for off, of in zip(differences, exact, strict=True)]
-        )
+        found, x = self.trace.new_zeros(len(self.projected) + 1, 3), witness.features()
+        rows = block_rows(self.moments.device, self.moments.num_features)
+        for part, of in () if x is None else zip(x.split(rows), witness.labels.split(rows), strict=True):
+            y, rough = part.double() - self.moments.mean[of], part.to(self.dtype) - self._rounded[of]
+            exact = torch.stack(self._squares(self._inside(y), of, y.norm(dim=1)))
+            p = self._inside(rough) - self._lost_inside[of].to(self.dtype)
+            norms = (rough - self._lost[of].to(self.dtype)).norm(dim=1)
+            off = torch.stack(self._squares(p, of, norms)) - exact
+            found += torch.stack([off.sum(1), off.square().sum(1), exact.sum(1)], 1)
+        return found
 
     def _take_back(self, sums: list[Tensor], compared: Tensor) -> tuple[list[Tensor], float]:
         """Take the rounding of the means out of the sums (K,) of squares.

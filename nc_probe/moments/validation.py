@@ -65,7 +65,9 @@ def check_batch(features: Tensor, labels: Tensor, num_features: int) -> None:
         raise ValueError(f"labels must have shape ({len(features)},) as features have, got {tuple(labels.shape)}")
 
 
-def validate_values(features: Tensor, labels: Tensor, num_classes: int, *, batch: int, bad: Tensor) -> Tensor:
+def validate_values(
+    features: Tensor, labels: Tensor, num_classes: int, *, batch: int, bad: Tensor, norms: Tensor | None = None
+) -> Tensor:
     """Validate the values: at once on the CPU, by a flag kept on the accelerator otherwise.
 
     Args:
@@ -74,6 +76,7 @@ def validate_values(features: Tensor, labels: Tensor, num_classes: int, *, batch
         num_classes: K.
         batch: its number, for the message.
         bad: (2,) first batch with bad labels, and with bad features, on an accelerator; -1 if there was none so far.
+        norms: (B,) of features on the CPU, if known.
 
     Returns:
         `bad`, with this batch in it.
@@ -84,7 +87,7 @@ def validate_values(features: Tensor, labels: Tensor, num_classes: int, *, batch
     low, high = labels.aminmax() if labels.numel() else labels.new_zeros(2)
     if labels.device.type == "cpu" and not 0 <= int(low) <= int(high) < num_classes:
         raise ValueError(f"labels must be in 0..{num_classes - 1}, got {int(low)}..{int(high)} in batch {batch}")
-    infinite = validate_features(features, batch=batch)
+    infinite = validate_features(features, batch=batch, norms=norms)
     if features.device.type == "cpu":
         return bad
     outside = (low < 0) | (high >= num_classes)
@@ -92,13 +95,13 @@ def validate_values(features: Tensor, labels: Tensor, num_classes: int, *, batch
     return torch.where(found & (bad < 0), batch, bad)
 
 
-def validate_features(features: Tensor, *, batch: int) -> Tensor:
-    """Find out whether features (B, d) are not all finite: a bool on their device.
+def validate_features(features: Tensor, *, batch: int, norms: Tensor | None = None) -> Tensor:
+    """Find out whether features (B, d), with norms (B,) if known, are not all finite: a bool on their device.
 
     Raises:
         ValueError: they are not, and on the CPU.
     """
-    if features.device.type == "cpu" and math.isfinite(float(features.sum())):
+    if features.device.type == "cpu" and math.isfinite(float((features if norms is None else norms).sum())):
         return torch.zeros((), dtype=torch.bool)  # NaN and infinity show in a sum; where that overflows, look closer
     extremes = torch.stack(features.aminmax()) if features.numel() else features.new_zeros(1)
     infinite = ~extremes.isfinite().all()

@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = ["ROWS", "TOLERANCE", "WitnessRows", "relative_error"]
 
 # Computed both ways: rows of all classes together, and no fewer than one of each class up to twice as many classes.
-ROWS = 1024
+ROWS = 512
 
 # Relative error of NC1, and of variances, up to which float32 is used: half of what is promised.
 TOLERANCE = 5e-7

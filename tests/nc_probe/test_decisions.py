@@ -96,6 +96,26 @@ def test_float64_is_asked_for_the_undecided_alone(monkeypatch):
     assert torch.equal(chosen[78:], labels[78:])
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["product", "logits"])
+def test_contenders_alone_are_scored_in_float64(monkeypatch, given):
+    """Of 100 classes pairs are alike but for what float32 cannot tell apart."""
+    gen = torch.Generator().manual_seed(0)
+    weight = torch.randn(100, d, generator=gen).double()
+    weight[50:] = weight[:50] + 3e-8 * torch.randn(50, d, generator=gen)
+    weight[7] = weight[57]
+    bias = torch.zeros(100).double()
+    x = (weight[:50] + 0.01 * torch.randn(50, d, generator=gen)).float()
+    expected = exact(x.double(), weight, bias)
+    assert 7 in expected and 57 not in expected and any(k > 50 for k in expected)
+    monkeypatch.setattr(Scores, "_exactly", None)
+    scores = Scores(weight, bias)
+    if given:
+        monkeypatch.setattr(scores, "highest", None)
+        assert scores.highest_of(x @ weight.float().T, x, torch.arange(50)).tolist() == expected
+    else:
+        assert scores.highest(x).tolist() == expected
+
+
 def test_fewer_bits_for_float32_are_no_bits_lost(monkeypatch):
     def roughly(self, x):
         raise AssertionError("products of float32 may have 8 bits")

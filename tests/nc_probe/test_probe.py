@@ -17,7 +17,7 @@ import torch.utils.checkpoint
 from collapsed import crosses, frame
 from torch import nn
 
-from nc_probe import ClassMoments, NCProbe, measure, pass_sums
+from nc_probe import ClassMoments, NCProbe, measure, pass_sums, waiting
 from nc_probe.measures import formulas
 from nc_probe.moments import second_pass, validation
 from nc_probe.plots import plot_angles, plot_grams
@@ -304,6 +304,36 @@ def test_ranks_of_features_are_there_where_they_are_asked_for(settings, monkeypa
     assert asked.scalars().keys() - report.scalars().keys() == ranks and asked.feature_rank == d
     assert {name for name, value in report.as_dict().items() if value != asked.as_dict()[name]} == ranks
     assert "features: no ranks, for which NCProbe takes spectrum=True" in str(report)
+
+
+@pytest.mark.parametrize("room", [0, 10**3, 10**6])
+def test_batches_that_wait_to_be_added_together_are_those_that_came(room, monkeypatch):
+    """Whatever their sizes and types, and whatever is done in between to labels and weights."""
+    monkeypatch.setattr(waiting, "WAITING_BYTES", room)
+    model, (x, labels) = Net().eval(), data()
+    sizes = [5, 0, 7, 20, 1, 24]
+    with torch.no_grad(), NCProbe(model, groups=GROUPS) as probe:
+        for xb, yb in zip(x.split(sizes), labels.split(sizes), strict=True):
+            if len(xb) == 20:
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    model(xb)
+            else:
+                model(xb)
+            given = yb.to(torch.int32 if len(xb) == 7 else torch.int64, copy=True)
+            probe.update(given)
+            given.fill_(0)
+            model(x + math.inf)
+            with pytest.raises(ValueError, match="features must be finite"):
+                probe.update(labels)
+        model.fc.weight.zero_()
+    assert [len(kept) for kept, _ in probe.kept()] == sizes
+    assert torch.equal(torch.cat([of for _, of in probe.kept()]), labels)
+    features, weight = torch.cat([h.double() for h, _ in probe.kept()]), probe._sums.classifiers[0].snapshot()[0]
+    report = probe.compute()
+    expected = measure(ClassMoments(K, d).update(features, labels), weight)
+    assert report.samples == 57 and report.nc1 == pytest.approx(expected.nc1, rel=1e-10)
+    right = (features @ weight.T + model.fc.bias).argmax(1) == labels
+    assert report.accuracy == float(right.double().mean()) and report.nc3 == pytest.approx(expected.nc3)
 
 
 def test_a_full_disk_is_a_budget(monkeypatch):
