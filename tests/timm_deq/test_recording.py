@@ -87,7 +87,7 @@ def test_compile_whole_in_training(gradient):
 # After the break, dynamo itself looks at `.grad` of the tensors that the second graph receives.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compile_implicit_training_with_one_graph_break():
-    eager, compiled = model(), model()
+    eager, compiled = model(max_steps=2), model(max_steps=2)
     compiled.train()
     # One place breaks; dynamo counts it once for each function on the stack above.
     breaks = torch._dynamo.explain(compiled)(IMAGES).break_reasons
