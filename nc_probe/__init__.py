@@ -14,7 +14,7 @@ and `pairwise` have the formulas, `geometry` the geometries that theory predicts
 """
 
 from nc_probe.hooks.heads import Head, find_head
-from nc_probe.loops.model import measure_model
+from nc_probe.loops.model import measure_model, measure_ood
 from nc_probe.measures.agreement import Agreement
 from nc_probe.measures.conventions import CONVENTIONS
 from nc_probe.measures.geometry import ReferenceGram, orthogonal_frame, seli, simplex_etf
@@ -36,6 +36,7 @@ __all__ = [
     "find_head",
     "measure",
     "measure_model",
+    "measure_ood",
     "orthogonal_frame",
     "seli",
     "simplex_etf",

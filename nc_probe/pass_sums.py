@@ -18,10 +18,10 @@ from nc_probe.moments.class_moments import ClassMoments
 from nc_probe.moments.class_sums import ClassSums
 from nc_probe.moments.precision import float32_has_all_bits
 from nc_probe.moments.second_pass import SecondPass, SecondPassStats, within_class_scatter
+from nc_probe.moments.waiting import CheckedBatch, WaitingBatches
 from nc_probe.moments.witness import ROWS, TOLERANCE, WitnessRows
 from nc_probe.place_sums import PlaceSums
 from nc_probe.report import CollapseReport
-from nc_probe.waiting import CheckedBatch, WaitingBatches
 
 __all__ = ["PassSums"]
 
@@ -142,10 +142,10 @@ class PassSums:
             return measurement, self._within(0, measurement, sync=sync)
         return measurement, measurement.moments.within_class_scatter(measurement.class_weights)
 
-    def exceeded(self, *, sync: bool) -> bool:
-        """Tell whether the features of some rank, or of this one, are not kept."""
+    def exceeded(self, *, sync: bool, places: bool = False) -> bool:
+        """Tell whether the features of some rank, or of this one, are not kept; with `places` those of layers too."""
         self._add_waiting()
-        exceeded = [int(self._cache.budget_exceeded)]
+        exceeded = [int(self._cache.budget_exceeded or (places and self._places.exceeded))]
         return any(ranks.all_reduce_max(exceeded) if sync else exceeded)
 
     def _add_waiting(self, captured: Sequence[dict[str, Tensor]] = ()) -> None:

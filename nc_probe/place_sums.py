@@ -47,6 +47,11 @@ class PlaceSums:
         self._columns: list[list[dict[str, int]]] = [[] for _ in self.streams]
         self._again: list[dict[str, SecondPass]] = []
 
+    @property
+    def exceeded(self) -> bool:
+        """Whether the features of some place are not kept."""
+        return any(cache.budget_exceeded for cache in self._caches)
+
     def pop(self, labels: Tensor, mask: Tensor | None) -> list[dict[str, Tensor]]:
         """Return the features (B, d) by place of each stream, of the last forward pass; see `CaptureStream.pop`."""
         return [stream.pop(labels, mask) for stream in self.streams]
@@ -61,7 +66,7 @@ class PlaceSums:
         for places, cache, columns in zip(captured, self._caches, self._columns, strict=True):
             cache.append(CachedBatch(torch.cat([*places.values()], 1), labels, chosen))
             columns.append({name: x.shape[1] for name, x in places.items()})
-        if any(cache.budget_exceeded for cache in self._caches):
+        if self.exceeded:
             self.discard()
 
     def discard(self) -> bool:
@@ -84,7 +89,7 @@ class PlaceSums:
 
     def reports(self, settings: Mapping[str, Any], *, sync: bool) -> dict[str, dict[str, CollapseReport]]:
         """Make the reports by kind and place; over all ranks, every one of which must call it, or of this rank."""
-        exceeded = [int(any(cache.budget_exceeded for cache in self._caches))]
+        exceeded = [int(self.exceeded)]
         exceeded = any(ranks.all_reduce_max(exceeded) if sync else exceeded)
         found: dict[str, dict[str, CollapseReport]] = {kind: {} for kind in self.kinds}
         for i, kind in enumerate(kind for kind, streams in self.kinds.items() for _ in streams):

@@ -258,6 +258,13 @@ class NCProbe:
         """Tell whether the features of some rank, or of this one, were too many to keep. Every rank must call it."""
         return self._sums.exceeded(sync=sync)
 
+    def wants_second_pass(self, *, sync: bool = True) -> bool:
+        """Tell whether features of the classifier, layers or iterates were too many to keep, so that NC4 is absent.
+
+        Of any rank, every one of which must call it, or of this one.
+        """
+        return self._sums.exceeded(sync=sync, places=True)
+
     def kept(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over features (B, d) and labels (B,) of this rank by batch; none if they were too many to keep."""
         return self._sums.kept()

@@ -72,7 +72,7 @@ NC_PROBE_FLOORS = {
     "place_sums": {"moments", "hooks", "measures", "report"},
     "pass_sums": {"moments", "hooks", "measures", "report", "place_sums"},
     "probe": {"moments", "hooks", "measures", "report", "pass_sums"},
-    "loops": {"moments", "hooks", "report", "probe"},
+    "loops": {"moments", "hooks", "report", "probe", "ood"},
     "integrations": {"moments", "report", "loops"},
     "ood": {"moments", "measures", "probe"},
 }

@@ -44,7 +44,7 @@ def test_the_pages_have_their_examples():
     assert {path: len(blocks) for path, blocks in BLOCKS.items()} == {
         "README.md": 3,
         "timm_deq/README.md": 5,
-        "nc_probe/README.md": 7,
+        "nc_probe/README.md": 8,
         "recipes/README.md": 0,
     }
 

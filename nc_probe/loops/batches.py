@@ -19,7 +19,7 @@ IMAGES = ("pixel_values", "image", "images", "img", "inputs", "input", "x")
 
 
 class Batch(NamedTuple):
-    """model(*args, **kwargs), labels (B,), and a mask (B,) that is False for what is not to be counted, or None."""
+    """model(*args, **kwargs), labels (B,) or None, and a mask (B,), False for what is not to be counted, or None."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -43,18 +43,24 @@ def read_batch(
     inputs: Entry | Sequence[str] | None = None,
     labels: Entry | None = None,
     mask: Entry | None = None,
+    labelled: bool = True,
 ) -> Batch:
     """Take a batch apart.
 
     Args:
         batch: a tuple or a list, of which the first entry is what the model is given and the second the labels; or a
-            mapping, of which the model is given the entries that it has a keyword for, or else its images.
+            mapping, of which the model is given the entries that it has a keyword for, or else its images; without
+            labels a tensor too, which is what the model is given.
         keywords: of the model.
         inputs, labels, mask: the entries, where they are others. A mapping's entry called "mask" is one.
+        labelled: whether there must be labels. If not, they are read only where `labels` names them.
 
     Raises:
         ValueError: one of them is not there.
     """
+    named = labels is not None
+    if isinstance(batch, Tensor) and not labelled:
+        batch = (batch,)
     if isinstance(batch, Mapping):
         entries = dict(batch)
         labels = next((name for name in LABELS if name in entries), None) if labels is None else labels
@@ -66,7 +72,7 @@ def read_batch(
         raise ValueError(
             f"loader must give tuples, lists or mappings with images and labels, got a {type(batch).__name__}"
         )
-    found = _entry(entries, "labels", labels)
+    found = _entry(entries, "labels", labels) if labelled or named else None
     shown = None if mask is None else _entry(entries, "mask", mask)
     if inputs is None:
         inputs = _find_inputs([name for name in entries if name not in (labels, mask)], keywords)

@@ -17,9 +17,9 @@ import torch.utils.checkpoint
 from collapsed import crosses, frame
 from torch import nn
 
-from nc_probe import ClassMoments, NCProbe, measure, pass_sums, waiting
+from nc_probe import ClassMoments, NCProbe, measure, pass_sums
 from nc_probe.measures import formulas
-from nc_probe.moments import second_pass, validation
+from nc_probe.moments import second_pass, validation, waiting
 from nc_probe.plots import plot_angles, plot_grams
 from recipes.benchmarks.merged import closed_form, samples
 
