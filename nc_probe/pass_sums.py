@@ -108,8 +108,8 @@ class PassSums:
         if self._second_passes:
             self._show_again(features, labels, captured, logits)
             return
-        norms = [stream.check(features, labels) for stream in self.classifiers]
-        batch = CheckedBatch(features, labels.clone(), logits, norms)
+        sketches = [stream.check(features, labels) for stream in self.classifiers]
+        batch = CheckedBatch(features, labels.clone(), logits, sketches)
         if not self._waiting.fits(batch):
             self._add_waiting()
         if self._waiting.append(batch) or self.captures or not self._deferred:
@@ -153,14 +153,14 @@ class PassSums:
         waiting = self._waiting.pop()
         if waiting is None:
             return
-        (features, labels, logits, norms), sizes = waiting
+        (features, labels, logits, sketches), sizes = waiting
         for stream in self.classifiers:
             stream.add(features, labels)
         self._places.add(captured, labels)
         labels = labels.long().clamp(0, self.num_classes - 1)  # an accelerator's are checked later
         choices = [
-            stream.choose(features, labels, given, norm, count=True)
-            for stream, given, norm in zip(self.classifiers, self._given(logits), norms, strict=True)
+            stream.choose(features, labels, given, sketch, count=True)
+            for stream, given, sketch in zip(self.classifiers, self._given(logits), sketches, strict=True)
         ]
         self._keep(CachedBatch(features, labels, torch.cat(choices, 1) if choices[1:] else choices[0]))
         self._sizes.append(sizes)

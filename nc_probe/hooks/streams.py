@@ -64,20 +64,21 @@ class ClassifierStream:
         """Check a batch, features of the whole head (B, D) and labels (B,), before it is added where class sums are.
 
         Returns:
-            Norms (B,) float32 of the features, of which `choose` makes use too; None where it has none.
+            What `choose` makes use of too: `Scores.sketch`, norms (1, B) without a classifier, None where it does not.
 
         Raises:
             ValueError: as by `ClassMoments.update`.
         """
-        x = features[:, self.columns].detach()
+        x, sketch = features[:, self.columns].detach(), None
         if self.moments is None:
             self.moments = self.make(x.shape[1])
-        self.snapshot()
-        rough = x.device.type == "cpu" and x.dtype in DTYPES[1:]
-        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) if rough else None
+        scores = self._classifier()
+        if x.device.type == "cpu" and x.dtype in DTYPES[1:]:
+            with float64_context(x.device):
+                sketch = torch.linalg.vector_norm(x.float(), dim=1)[None] if scores is None else scores.sketch(x)
         if isinstance(self.moments, ClassSums):
-            self.moments.check(x, labels, norms)
-        return norms
+            self.moments.check(x, labels, None if sketch is None else sketch[0])
+        return sketch
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch: features of the whole head (B, D), labels (B,)."""
@@ -91,7 +92,7 @@ class ClassifierStream:
         features: Tensor,
         labels: Tensor,
         logits: Tensor | None = None,
-        norms: Tensor | None = None,
+        sketch: Tensor | None = None,
         *,
         count: bool,
     ) -> Tensor:
@@ -101,24 +102,30 @@ class ClassifierStream:
             features: (B, D) of the whole head.
             labels: (B,).
             logits: (B, K) that the model gave, which are not computed again where they are those of the classifier.
-            norms: (B,) of these features, if known.
+            sketch: of these features, if known.
             count: the right ones.
         """
-        if self.linear is None:
+        scores = self._classifier()
+        if scores is None:
             return labels.new_empty(len(labels), 0)
-        weight, bias = self.snapshot()
-        assert weight is not None
-        with float64_context(weight.device):
-            if self._scores is None:
-                self._scores = Scores(weight, weight.new_zeros(len(weight)) if bias is None else bias)
-            x, labels = features[:, self.columns].detach().to(weight.device), labels.to(weight.device)
-            chosen = self._scores.highest(x) if logits is None else self._scores.highest_of(logits, x, labels, norms)
+        device = scores.weight.device
+        with float64_context(device):
+            x, labels = features[:, self.columns].detach().to(device), labels.to(device)
+            chosen = scores.highest(x) if logits is None else scores.highest_of(logits, x, labels, sketch)
             if not count:
                 return chosen[:, None]
             if self.correct is None:
-                self.correct = torch.zeros(len(weight), dtype=torch.int64, device=chosen.device)
+                self.correct = torch.zeros(len(scores.weight), dtype=torch.int64, device=chosen.device)
             self.correct.index_add_(0, labels, (chosen == labels).long())
         return chosen[:, None]
+
+    def _classifier(self) -> Scores | None:
+        """Return the scores of the classifier, with its weights as they were at the first batch."""
+        weight, bias = self.snapshot()
+        if self._scores is None and weight is not None:
+            with float64_context(weight.device):
+                self._scores = Scores(weight, weight.new_zeros(len(weight)) if bias is None else bias)
+        return self._scores
 
     def logits(self, features: Tensor) -> Tensor:
         """Compute weight @ feature + bias, (B, K) float64."""

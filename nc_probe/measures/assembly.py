@@ -215,12 +215,12 @@ class Measurement:
             "means": M.cpu(),
         }
         if m > 1:
-            position = self.position[shown]
+            position, norm = self.position[shown], pairwise.gram_norm(M)
             pairs = pairwise.compare_means(M, variance, num_classes=K)
             values |= {"cdnv": pairs.cdnv, "nc2_angle": pairs.angle, "nc2_maxangle": pairs.maxangle}
             values |= {"gnc2_log": pairs.log_gap, "gnc2_riesz": pairs.riesz_gap}
-            values["nc2_etf"] = pairwise.gram_distance(M, simplex_etf(K, size=m))
-            values["nc2_seli"] = pairwise.gram_distance(M, self.seli[1].subset(position))
+            values["nc2_etf"] = pairwise.gram_distance(M, simplex_etf(K, size=m), norm=norm)
+            values["nc2_seli"] = pairwise.gram_distance(M, self.seli[1].subset(position), norm=norm)
             values["nc2_gof"] = pairwise.gram_distance(self.moments.mean[shown], self.frame[1].subset(position))
         return values
 
@@ -250,7 +250,7 @@ class Measurement:
         """What the classifier's rows of classes with samples say, alone and beside the class means."""
         assert self.weight is not None
         W, M, K, position = self.weight[shown], self.centered[shown], len(self.weight), self.position[shown]
-        cosines = formulas.self_duality_cosines(W, M)
+        cosines, norm = formulas.self_duality_cosines(W, M), pairwise.gram_norm(W)
         bias = self.weight.new_zeros(K) if self.bias is None else self.bias
         chosen = Scores(self.weight, bias).highest(self.moments.mean[shown])
         values: dict[str, Any] = {
@@ -258,8 +258,8 @@ class Measurement:
             "mean_norm_weight": formulas.mean_norm(W),
             "mean_square_norm_weight": float(W.square().sum(1).mean()),
             "mean_cosine_weight": pairwise.mean_cosine(W),
-            "nc2_seli_weight": pairwise.gram_distance(W, self.seli[0].subset(position)),
-            "nc2_gof_weight": pairwise.gram_distance(W, self.frame[0].subset(position)),
+            "nc2_seli_weight": pairwise.gram_distance(W, self.seli[0].subset(position), norm=norm),
+            "nc2_gof_weight": pairwise.gram_distance(W, self.frame[0].subset(position), norm=norm),
             "class_norm_weight": tuple(W.norm(dim=1).tolist()),
             "weight": W.cpu(),
             "nc3": formulas.self_duality(W, M),
@@ -269,5 +269,5 @@ class Measurement:
         }
         if len(shown) > 1:
             values["nc2_angle_weight"], values["nc2_maxangle_weight"] = pairwise.equiangle(W, num_classes=K)
-            values["nc2_etf_weight"] = pairwise.gram_distance(W, simplex_etf(K, size=len(W)))
+            values["nc2_etf_weight"] = pairwise.gram_distance(W, simplex_etf(K, size=len(W)), norm=norm)
         return values

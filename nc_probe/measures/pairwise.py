@@ -28,6 +28,7 @@ __all__ = [
     "cosine_gram",
     "equiangle",
     "gram_distance",
+    "gram_norm",
     "mean_cosine",
     "squared_gaps",
     "uniformity_gap",
@@ -201,7 +202,21 @@ def cosine_gram(rows: Tensor) -> Tensor:
     return unit(rows) @ unit(rows).T
 
 
-def gram_distance(rows: Tensor, reference: ReferenceGram, other: Tensor | None = None) -> float:
+def gram_norm(rows: Tensor, other: Tensor | None = None) -> float:
+    """||G||_F of G = rows other^T, both (m, d). Default: other = rows."""
+    m, d = rows.shape
+    # <a b^T, a b^T> = <a^T a, b^T b>: of K x K and d x d matrices take the smaller.
+    if m <= d:
+        square = (rows @ (rows if other is None else other).T).square().sum()
+    else:
+        gram = rows.T @ rows
+        square = (gram * (gram if other is None else other.T @ other)).sum()
+    return math.sqrt(float(square))
+
+
+def gram_distance(
+    rows: Tensor, reference: ReferenceGram, other: Tensor | None = None, *, norm: float | None = None
+) -> float:
     """NC2, distance to a reference geometry: || G/||G||_F - E/||E||_F ||_F with G = rows rows^T, E the reference.
 
     Range [0, sqrt 2]; 0 for rows of that geometry in any size and orientation. `zhu2021` (ETF, there with rows = W);
@@ -211,18 +226,13 @@ def gram_distance(rows: Tensor, reference: ReferenceGram, other: Tensor | None =
         rows: (m, d) class means or classifier rows.
         reference: Gram matrix of m classes.
         other: (m, d), for G = rows other^T; the range is then [0, 2]. Default: rows.
+        norm: ||G||_F, where it is known.
     """
-    m, d = rows.shape
+    m = len(rows)
     if m < 2:
         return math.nan
+    norm, reference_norm = gram_norm(rows, other) if norm is None else norm, reference.norm()
     reference, other = reference.to(rows.device), rows if other is None else other
-    # <a b^T, a b^T> = <a^T a, b^T b>: of K x K and d x d matrices take the smaller.
-    if m <= d:
-        square = (rows @ other.T).square().sum()
-    else:
-        gram = rows.T @ rows
-        square = (gram * (gram if other is rows else other.T @ other)).sum()
-    norm, reference_norm = math.sqrt(float(square)), reference.norm()
     if not norm * reference_norm > 0:
         return math.nan
     squared = 2 - 2 * reference.inner(rows, other) / (norm * reference_norm)

@@ -12,12 +12,12 @@ WAITING_BYTES = 2**20
 
 
 class CheckedBatch(NamedTuple):
-    """Features (B, D), labels (B,), logits (B, K) if the model gave them, norms (B,) of features by classifier."""
+    """Features (B, D), labels (B,), logits (B, K) if the model gave them, and of each classifier a sketch (n, B)."""
 
     features: Tensor
     labels: Tensor
     logits: Tensor | None
-    norms: list[Tensor | None]
+    sketches: list[Tensor | None]
 
 
 class WaitingBatches:
@@ -51,11 +51,11 @@ class WaitingBatches:
         self.clear()
         if len(batches) < 2:
             return (batches[0], [len(batches[0].labels)]) if batches else None
-        features, labels, logits, norms = zip(*batches, strict=True)
+        features, labels, logits, sketches = zip(*batches, strict=True)
         together = CheckedBatch(
             torch.cat(features),
             torch.cat(labels),
             None if logits[0] is None else torch.cat(logits),
-            [None if each[0] is None else torch.cat(each) for each in zip(*norms, strict=True)],
+            [None if each[0] is None else torch.cat(each, 1) for each in zip(*sketches, strict=True)],
         )
         return together, [len(each) for each in labels]

@@ -111,7 +111,9 @@ def test_contenders_alone_are_scored_in_float64(monkeypatch, given):
     scores = Scores(weight, bias)
     if given:
         monkeypatch.setattr(scores, "highest", None)
-        assert scores.highest_of(x @ weight.float().T, x, torch.arange(50)).tolist() == expected
+        logits, guess = x @ weight.float().T, torch.arange(50)
+        assert scores.highest_of(logits, x, guess).tolist() == expected
+        assert scores.highest_of(logits, x, guess, scores.sketch(x)).tolist() == expected
     else:
         assert scores.highest(x).tolist() == expected
 
