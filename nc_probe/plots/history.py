@@ -53,7 +53,8 @@ def plot_history(
         history: reports by epoch; or one after the other, the first of epoch 0; or a file with a line of JSON for each
             epoch, `metrics.jsonl` of recipes/train.py (or the folder of its run), or that of
             `nc_probe.integrations.epochs.EpochHook`.
-        class_counts: samples of each class trained on, for SELI. Default: those of the last report, if it has them.
+        class_counts: samples of each class trained on, for SELI. Default: those of the last report, if it has them, or
+            of the `manifest.json` that recipes/train.py has written beside its metrics.
         title: above all.
 
     Returns:
@@ -122,7 +123,26 @@ def _read(path: Path) -> dict[int, CollapseReport]:
                 f"{path} must have a line of JSON for each epoch, with its 'epoch' and 'collapse', got line {number}: "
                 f"{line[:40]!r}"
             ) from None
-    return found
+    return _with_classes(found, path.parent / "manifest.json")
+
+
+def _with_classes(reports: Mapping[int, CollapseReport], manifest: Path) -> dict[int, CollapseReport]:
+    """Put the classes, their counts and those of groups into reports, if there is a manifest that tells them."""
+    try:
+        content = json.loads(manifest.read_text())
+        counts = {k: int(n) for k, n in enumerate(content["counts"]) if n > 0}
+        groups = {str(name): tuple(sorted(counts.keys() & classes)) for name, classes in content["groups"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or one of another program
+        return dict(reports)
+    known = {"classes": tuple(counts), "class_count": tuple(counts.values())}
+    return {
+        epoch: replace(
+            report,
+            **known,
+            groups={name: replace(group, classes=groups.get(name, ())) for name, group in report.groups.items()},
+        )
+        for epoch, report in reports.items()
+    }
 
 
 def _from_dict(values: Mapping[str, Any]) -> CollapseReport:

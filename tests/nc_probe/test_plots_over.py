@@ -109,6 +109,20 @@ def test_history_from_a_file(tmp_path, folder):
         assert set(others) <= set(lines) and len(others) == sum(color == "#000000" for color, *_ in lines)
 
 
+def test_history_of_a_run_knows_what_it_was_trained_on(tmp_path):
+    lines = [json.dumps({"epoch": e, "collapse": r.as_dict()}) + "\n" for e, r in HISTORY.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    expected = {title: curves(axes)[1] for title, axes in panels(plot_history(HISTORY)).items()}
+    for content in ("[]", "{", '{"counts": 3}', '{"counts": [1, 2], "groups": [1]}'):  # those of others tell nothing
+        (tmp_path / "manifest.json").write_text(content)
+        assert not curves(panels(plot_history(tmp_path))["NC2: class means to simplex ETF"])[1]
+    manifest = {"counts": COUNTS.tolist(), "groups": {name: list(of) for name, of in GROUPS.items()}, "seed": 0}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    for title, axes in panels(plot_history(tmp_path / "metrics.jsonl")).items():
+        assert curves(axes)[1] == expected[title], title
+    assert len(expected["NC2: class means to simplex ETF"]) == 3
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
