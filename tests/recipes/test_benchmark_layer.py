@@ -94,3 +94,19 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert errors["implicit, tol 1e-9, as `exact=True`"] < 1e-6 < errors["`Phantom(1, damping=1)`, JFB"]
     peaks = [row["peak states"] for row in written["second derivative"]]
     assert peaks[0] == pytest.approx(peaks[1], abs=0.5)  # bounded in the budget
+
+
+def test_rows_that_the_peer_does_not_serve(monkeypatch):
+    """Its columns are empty, and ours are there."""
+
+    def refuse(self, x):
+        raise NotImplementedError("no lu_factor for BFloat16")
+
+    monkeypatch.setattr(part.PeerLayer, "forward", refuse)
+    monkeypatch.setattr(part, "CELLS", ((2, 8, 2),))
+    monkeypatch.setattr(part, "VARIANTS", part.VARIANTS[:1])
+    monkeypatch.setattr(part, "IMAGES", (2, 3, 16, 16))
+    rows = [next(part.one_cell(CPU, 1)), next(part.one_model(CPU, 1))]
+    for row in rows:
+        assert row["ms, ours"] > 0 and row["ms, peer"] is None and row["ms, ratio"] is None
+    assert rows[1]["evaluations, peer"] is None and rows[1]["evaluations, ours"] > 0
