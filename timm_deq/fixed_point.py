@@ -218,7 +218,7 @@ def _measure(run: _Run, fz: Tensor, stopping: _Stopping) -> tuple[_Run, Tensor, 
         arrived = arrived | (measured & (difference <= stopping.atol))
         improved = improved | arrived
     best, best_residual = where_rows(improved, z, best), torch.where(improved, residual, best_residual)
-    run = _Run(z, best, best_residual, steps + active, measured & ~arrived, converged | arrived)
+    run = _Run(z, best, best_residual, steps + active, measured ^ arrived, converged | arrived)
     return run, residual, measured
 
 
@@ -282,8 +282,8 @@ def _check_map(z: Tensor, fz: Tensor) -> None:
 
 def _residuals(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return `||fz - z|| / ||fz||` and `||fz - z||` per row, `(B,)`, and whether they are finite."""
+    norm = torch.linalg.vector_norm(fz, dim=1)  # first: f has just written it
     difference = torch.linalg.vector_norm(fz - z, dim=1)
-    norm = torch.linalg.vector_norm(fz, dim=1)
     # f(z) = z = 0 is a fixed point too: 0 / tiny = 0.
     residual = difference / norm.clamp_min(torch.finfo(torch.float32).tiny)
     return residual, difference, difference + norm < float("inf")  # false for NaN

@@ -26,7 +26,6 @@ from timm_deq.solvers.base import (
     is_differentiated,
     is_tracing,
     set_slot,
-    where_rows,
 )
 
 
@@ -92,41 +91,57 @@ class Anderson(Solver):
     def update(self, z: Tensor, fz: Tensor, state: AndersonState, active: Tensor) -> tuple[Tensor, AndersonState]:
         residuals, images, gram, step = state
         slot, filled = step % self.memory, step + 1 if step < self.memory else self.memory
-        residual = fz - z
-        image = fz if self.mixing == 1 else z + self.mixing * residual
-        if step == 0 and is_differentiated(residual):  # so must they where autograd multiplies them by zero
+        recorded = is_differentiated(residuals, z, fz)
+        if recorded and step == 0:  # slots not yet filled must be numbers where autograd multiplies them by zero
             residuals, images = torch.zeros_like(residuals), torch.zeros_like(images)
-        residuals, images = set_slot(residuals, slot, residual), set_slot(images, slot, image)
+        computed_in_slot = not (recorded or is_tracing(z))  # a compiler takes no view as `out`
+        residual = torch.sub(fz, z, out=residuals[:, slot]) if computed_in_slot else fz - z
+        image = fz if self.mixing == 1 else z + self.mixing * residual
+        residuals = residuals if computed_in_slot else set_slot(residuals, slot, residual)
+        images = set_slot(images, slot, image)
         # (B, 1, D) @ (B, D, m): on a CPU several times faster than the transposed product
-        row = (residual.unsqueeze(1) @ residuals.transpose(1, 2)).squeeze(1)
+        row = torch.bmm(residual.unsqueeze(1), residuals.transpose(1, 2)).squeeze(1)
         gram = set_slot(set_slot(gram, slot, row).mT, slot, row).mT
         if filled == 1:
             return image, AndersonState(residuals, images, gram, step + 1)
         matrix = gram[:, :filled, :filled]
-        if is_differentiated(matrix):  # that of a finished sample may be singular, and its unused derivative NaN
+        if recorded:  # that of a finished sample may be singular, and its unused derivative NaN
             matrix = torch.where(active[:, None, None], matrix, torch.eye(filled, dtype=gram.dtype, device=gram.device))
         alpha = self._mixture(matrix, filled)
         # Large weights of both signs cancel: half of the digits must be left.
         eps = torch.finfo(torch.float32 if isinstance(z, fx.Proxy) else z.dtype).eps
         usable = alpha.abs().sum(dim=1) <= eps**-0.5  # false for NaN
-        if can_read_without_sync(usable) and bool(usable.all()):
-            mixed = (alpha.unsqueeze(1) @ images[:, :filled]).squeeze(1)
-            return mixed, AndersonState(residuals, images, gram, step + 1)
-        alpha = torch.where(usable.unsqueeze(1), alpha, 0.0)
-        mixed = (alpha.unsqueeze(1) @ images[:, :filled]).squeeze(1)
-        # Residuals of boundless length have no weight: all but the newest are discarded.
-        older = torch.diag(torch.arange(self.memory, device=z.device) != slot)
-        gram = torch.where(older & ~usable[:, None, None], torch.finfo(torch.float32).max, gram)
-        return where_rows(usable, mixed, image), AndersonState(residuals, images, gram, step + 1)
+        if not (can_read_without_sync(usable) and bool(usable.all())):
+            alpha, gram = _restart(~usable, slot, alpha, gram, recorded)
+        mixed = torch.bmm(alpha.unsqueeze(1), images[:, :filled]).squeeze(1)
+        return mixed, AndersonState(residuals, images, gram, step + 1)
 
     def _mixture(self, gram: Tensor, filled: int) -> Tensor:
         """Return the weights `(B, n)` that sum to one for n residuals; not finite where the matrix is singular."""
         # Scaled to unit diagonal, the matrix is as well conditioned as the angles between the residuals allow.
         scale = gram.diagonal(dim1=1, dim2=2).rsqrt()
-        eye = torch.eye(filled, dtype=torch.bool, device=gram.device)
-        matrix = torch.where(eye, 1 + self.ridge, gram * scale.unsqueeze(1) * scale.unsqueeze(2))
+        matrix = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
+        if is_differentiated(matrix):
+            eye = torch.eye(filled, dtype=torch.bool, device=gram.device)
+            matrix = torch.where(eye, 1 + self.ridge, matrix)
+        else:
+            matrix.diagonal(dim1=1, dim2=2).fill_(1 + self.ridge)
         weights = scale * _solve(matrix, scale, filled)
         return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _restart(rows: Tensor, slot: int, alpha: Tensor, gram: Tensor, recorded: bool) -> tuple[Tensor, Tensor]:
+    """Give all weight to the newest residual of the given rows `(B,)`, and boundless length, so none, to the others."""
+    boundless = torch.finfo(torch.float32).max
+    if recorded:
+        newest = torch.arange(gram.shape[1], device=gram.device) == slot
+        alpha = torch.where(rows.unsqueeze(1), newest[: alpha.shape[1]].to(alpha.dtype), alpha)
+        return alpha, torch.where(torch.diag(~newest) & rows[:, None, None], boundless, gram)
+    square = gram[:, slot, slot].clone()
+    gram.diagonal(dim1=1, dim2=2).masked_fill_(rows.unsqueeze(1), boundless)
+    gram[:, slot, slot] = square
+    alpha.masked_fill_(rows.unsqueeze(1), 0.0)[:, slot].masked_fill_(rows, 1.0)
+    return alpha, gram
 
 
 def _solve(matrix: Tensor, rhs: Tensor, n: int) -> Tensor:
