@@ -20,7 +20,7 @@ from timm_deq import (
     VariationalDropout,
     fixed_point,
 )
-from timm_deq.solvers.anderson import _solve
+from timm_deq.solvers.anderson import _restart, _solve
 from timm_deq.solvers.broyden import BroydenState
 
 ALL = torch.tensor([True])
@@ -113,6 +113,17 @@ def test_anderson_starts_the_memory_of_a_sample_anew_where_its_gram_matrix_is_ba
             expected, fresh = solver.update(z[i], fz[i], fresh, ALL)
             torch.testing.assert_close(z_next[0], expected[0])
             assert torch.allclose(z_next[1], expected[1]) == (i >= 5)  # the other's reaches further back
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["in place", "recorded"])
+def test_a_memory_that_starts_anew_keeps_its_newest_residual(recorded):
+    rng, slot = generator(), 1
+    alpha, gram = torch.randn(2, 3, generator=rng), torch.randn(2, 4, 4, generator=rng)
+    weights, products = _restart(torch.tensor([True, False]), slot, alpha.clone(), gram.clone(), recorded)
+    assert weights[0].tolist() == [0, 1, 0] and torch.equal(weights[1], alpha[1])
+    for i in (0, 2, 3):
+        gram[0, i, i] = torch.finfo(torch.float32).max
+    assert torch.equal(products, gram)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
