@@ -36,7 +36,8 @@ def start_accelerator(*, deterministic: bool = True, **settings: Any) -> Acceler
     if deterministic and device == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins, which it has not yet
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+        # Nothing here reads what it has not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     check(precision != "fp16" or accelerator.native_amp, "mixed_precision", precision, f"no or bf16 on {device}")
     steps, wanted = accelerator.gradient_accumulation_steps, settings.get("gradient_accumulation_steps", 1)
     given = f"{steps}, as `accelerate launch` has it, or 1"

@@ -517,3 +517,16 @@ def test_programs_recorded_by_proxies(small, gradient):
         return torch.autograd.grad((layer(x) * v).sum(), x)[0]
 
     assert relative_error([make_fx(pull)(x)(x).flatten()], [derivative.T @ v.flatten()]) < 1e-3
+
+
+def test_what_per_sample_gradients_give_is_not_differentiated_in_silence(small):
+    """Neither they nor the losses beside them, by a backward pass outside of vmap."""
+    cell, x, _, _ = small
+    layer = layer_of("implicit", cell)
+    per_sample = torch.func.vmap(torch.func.grad_and_value(lambda x: layer(x[None]).pow(2).sum()))
+    x = x.clone().requires_grad_()
+    gradients, losses = per_sample(x)
+    with pytest.raises(RuntimeError, match="no reverse mode over torch.func.vmap: use the gradient Unrolled"):
+        torch.autograd.grad(losses.sum(), x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative by torch.func: use the gradient Unrolled"):
+        torch.autograd.grad(gradients.sum(), x)
