@@ -58,6 +58,7 @@ def test_probe_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark_probe, "MANY", ((200, 16, 10), (40, 16, 50)))
     monkeypatch.setattr(benchmark_probe, "MODEL", "resnet10t")
     monkeypatch.setattr(benchmark_probe, "IMAGES", (2, 3, 32, 32))
+    monkeypatch.setattr(benchmark_probe, "BATCHES", 3)
     one_epoch_of_few(monkeypatch)
     monkeypatch.setattr(benchmark_merged, "FEATURES", 16)
     file = tmp_path / "benchmark.json"

@@ -227,7 +227,7 @@ class Solve(torch.nn.Module):
         return timm_deq.fixed_point(lambda z: scale * self.cell(z, x), torch.zeros_like(x), self.solver)[:4]
 
 
-@pytest.mark.parametrize("max_steps", [1, 3, 4, 6])
+@pytest.mark.parametrize("max_steps", [1, 3, pytest.param(4, marks=pytest.mark.slow), 6])
 def test_a_while_loop_keeps_to_its_budget(max_steps):
     """Whether the budget ends before the loop, in it, or between two of its periods."""
     x = torch.randn(3, 5)

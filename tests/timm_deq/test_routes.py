@@ -530,3 +530,50 @@ def test_what_per_sample_gradients_give_is_not_differentiated_in_silence(small):
         torch.autograd.grad(losses.sum(), x, retain_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative by torch.func: use the gradient Unrolled"):
         torch.autograd.grad(gradients.sum(), x)
+
+
+class Wrapped(torch.nn.Module):
+    """A model with an equilibrium as one of its layers."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def traced_by_fx(model, x):
+    traced = torch.fx.symbolic_trace(model)
+    assert any(isinstance(module, Equilibrium) for module in traced.modules())
+    return traced
+
+
+def exported(model, x):
+    return torch.export.export(model, (x,)).module()
+
+
+def traced_by_jit(model, x):
+    return torch.jit.trace(model, x)
+
+
+# A program records every step that is allowed: few, that come as near.
+RECORDED = {
+    "shine": Broyden(1e-13, 16, memory=16),
+    "reversible": ReversibleIteration(1e-14, 70, damping=0.5),
+}
+RECORDERS = [traced_by_fx, traced_by_jit, pytest.param(exported, marks=pytest.mark.slow)]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace")
+@pytest.mark.parametrize("record", RECORDERS)
+def test_a_recorded_program(small, gradient, record):
+    """Near enough to its limit, the derivative of the steps is that of the equilibrium too."""
+    cell, x, z, derivative = small
+    layer = Equilibrium(cell, solver=RECORDED.get(gradient, Picard(1e-13, 45)), gradient=GRADIENTS[gradient][1])
+    program, x = record(Wrapped(layer), x), x.clone().requires_grad_()
+    value, g = program(x), direction(z)
+    torch.testing.assert_close(value.detach(), z, rtol=0, atol=PRECISION)
+    for scale in (1e-6, 1.0, 1e6):
+        (found,) = torch.autograd.grad(value, x, scale * g, retain_graph=True)
+        assert relative_error([found.flatten() / scale], [g.flatten() @ derivative]) < PRECISION
