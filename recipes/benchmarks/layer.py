@@ -205,7 +205,7 @@ def peer_serves(run: Callable[[], object]) -> bool:
     """Warm the peer up; return whether it can do this at all: on CUDA it has no Anderson in bf16."""
     try:
         run()
-    except NotImplementedError:
+    except NotImplementedError:  # by torch, of the peer's solve in this precision: its columns say so by being empty
         return False
     return True
 

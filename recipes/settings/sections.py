@@ -44,7 +44,7 @@ class RunSettings:
     keep_checkpoints: int = 2
     """checkpoints for --resume that are kept, the latest ones; that of the best epoch is kept too with --select best"""
     deterministic: bool = True
-    """on a GPU: sum in one order, so that the same run gives the same numbers; what cannot is told by a warning"""
+    """on a GPU: take sums in one order; an operation that cannot is told by a warning"""
 
 
 @dataclass(frozen=True, kw_only=True)
