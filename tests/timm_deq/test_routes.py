@@ -284,7 +284,14 @@ def newton_step(cell, z):
 
 @pytest.mark.parametrize(
     ("gradient", "scale"),
-    [("implicit", 1e-6), ("implicit", 1e6), ("phantom", 1e-6), ("phantom", 1e6), ("reversible", 1e6), ("unrolled", 1e-6)],
+    [
+        ("implicit", 1e-6),
+        ("implicit", 1e6),
+        ("phantom", 1e-6),
+        ("phantom", 1e6),
+        ("reversible", 1e6),
+        ("unrolled", 1e-6),
+    ],
 )
 def test_second_derivatives(problem, gradient, scale):
     cell, x, z, _ = problem
