@@ -149,6 +149,18 @@ def test_a_solve_waits_only_to_ask_whether_it_is_done(solver):
     assert count_waits(lambda: solve(lambda z: cell(z) + z.sum().item())) >= steps  # which the count does see
 
 
+def test_tf32_puts_no_floor_under_the_residual():
+    """The map is of float64: what is left of TF32 would be in the solver's own products."""
+    W = 0.9 * torch.linalg.qr(torch.randn(256, 256, generator=generator(), dtype=torch.float64))[0].to(DEVICE)
+    x = torch.randn(16, 256, generator=generator(1)).to(DEVICE)
+    torch.set_float32_matmul_precision("high")
+    try:
+        solution = fixed_point(lambda z: ((z.double() @ W).tanh() + x).float(), x, Anderson(1e-6, 60))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert solution.residual.max() <= 1e-6
+
+
 def test_training_waits_only_to_ask_whether_it_is_done():
     model = timm.create_model("deq_resnet8_cifar", num_classes=10).to(DEVICE).train()
     set_solver(model, max_steps=12, tol=1e-9)

@@ -141,6 +141,27 @@ def test_anderson_refuses_weights_that_cancel_more_than_half_of_the_digits(dtype
     assert torch.equal(z_next[1], fz[1, 1])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fewer_bits_for_products_put_no_floor_under_the_residual(compiled, monkeypatch):
+    """With products as any processor that has bf16 may take them once the user allows it."""
+    bmm, f = torch.bmm, Linear(size=4, batch=3, dtype=torch.float32)
+
+    def rounded(a, b):
+        return bmm(a.bfloat16().float(), b.bfloat16().float())
+
+    def solve(z):
+        return fixed_point(lambda z: (z.unsqueeze(1) * f.A).sum(2) + f.b, z, Anderson(1e-6, 8, ridge=0.0)).residual
+
+    monkeypatch.setattr(torch, "bmm", rounded)
+    assert solve(f.z0).max() > 1e-4  # what such a product does
+    torch.set_float32_matmul_precision("medium")
+    try:
+        residual = (torch.compile(solve, fullgraph=True, backend="eager") if compiled else solve)(f.z0)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert residual.max() <= 1e-6
+
+
 def test_the_spelt_out_solve_equals_the_library_s(monkeypatch):
     rng = generator()
     F = torch.randn(3, 5, 20, generator=rng, dtype=torch.float64)

@@ -25,6 +25,7 @@ from timm_deq.solvers.base import (
     check_number,
     is_differentiated,
     is_tracing,
+    row_times,
     set_slot,
 )
 
@@ -99,8 +100,8 @@ class Anderson(Solver):
         image = fz if self.mixing == 1 else z + self.mixing * residual
         residuals = residuals if computed_in_slot else set_slot(residuals, slot, residual)
         images = set_slot(images, slot, image)
-        # (B, 1, D) @ (B, D, m): on a CPU several times faster than the transposed product
-        row = torch.bmm(residual.unsqueeze(1), residuals.transpose(1, 2)).squeeze(1)
+        # (B, D) times (B, D, m): on a CPU several times faster than the transposed product
+        row = row_times(residual, residuals.transpose(1, 2))
         gram = set_slot(set_slot(gram, slot, row).mT, slot, row).mT
         if filled == 1:
             return image, AndersonState(residuals, images, gram, step + 1)
@@ -113,7 +114,7 @@ class Anderson(Solver):
         usable = alpha.abs().sum(dim=1) <= eps**-0.5  # false for NaN
         if not (can_read_without_sync(usable) and bool(usable.all())):
             alpha, gram = _restart(~usable, slot, alpha, gram, recorded)
-        mixed = torch.bmm(alpha.unsqueeze(1), images[:, :filled]).squeeze(1)
+        mixed = row_times(alpha, images[:, :filled])
         return mixed, AndersonState(residuals, images, gram, step + 1)
 
     def _mixture(self, gram: Tensor, filled: int) -> Tensor:
