@@ -150,7 +150,7 @@ def show_again(probe, rank, world):
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_report_what_one_does(tmp_path, world):
     mp.spawn(worker, (world, str(tmp_path / "store"), str(tmp_path)), nprocs=world)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]

@@ -75,7 +75,7 @@ def assert_equally_learnt(folder, words, source, pipelines):
         assert learnt(run.with_suffix(".stopped")) == reference, f"{name}, stopped"
 
 
-@pytest.mark.parametrize("pipeline", ["0 workers", "2 workers"])
+@pytest.mark.parametrize("pipeline", ["0 workers", pytest.param("2 workers", marks=pytest.mark.slow)])
 def test_measuring_and_stopping_leave_what_is_learnt(words, tmp_path, pipeline):
     assert_equally_learnt(tmp_path, words, ALL, {pipeline: PIPELINES[pipeline]})
 
