@@ -20,7 +20,7 @@ LAYERS = {
 
 # Inside the core: a module may import those of its own rank or below.
 RANKS = "version transforms solution solvers.base layout fixed_point solvers jacobian parametrized".split()
-RANKS += "gradients dropout equilibrium hooks".split()
+RANKS += "dropout bound_cell gradients equilibrium hooks".split()
 RANKS += "spectral monotone warm_start correction log models".split() + [""]
 
 

@@ -3,7 +3,6 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
-from timm_deq.dropout import one_mask_per_solve
+from timm_deq.bound_cell import BoundCell
 from timm_deq.fixed_point import Map, fixed_point, outside_inference_mode
 from timm_deq.gradients.base import Gradient
 from timm_deq.gradients.implicit import Implicit
@@ -131,7 +130,7 @@ class Equilibrium(nn.Module):
         exporting = is_exporting()
         differentiable = torch.is_grad_enabled() and self._requires_grad(x) and not exporting
         with cached_parametrizations(self.cell, differentiable=differentiable):
-            f = self._map(x)
+            f = BoundCell(self.cell, x)
             if differentiable:
                 self.gradient.check_solver(self.solver)  # either may have been replaced
                 f = self.gradient.prepare(f, self.solver)
@@ -185,7 +184,7 @@ class Equilibrium(nn.Module):
         torch.Size([4])
         """
         with cached_parametrizations(self.cell, differentiable=torch.is_grad_enabled()):
-            yield self._map(x)
+            yield BoundCell(self.cell, x)
 
     def initial_state(self, x: Tensor) -> Tensor:
         """Return where a solve starts by default: the cell's `initial_state(x)` or zeros, in float32 under autocast."""
@@ -241,14 +240,11 @@ class Equilibrium(nn.Module):
     def _report_backward(self, solution: Solution) -> None:
         self._report("backward", solution, [])
 
-    def _map(self, x: Tensor) -> Map:
-        return one_mask_per_solve(self.cell, partial(self.cell, x=x))
-
     def _subset_map(self, x: Tensor, z0: Tensor) -> Callable[[Tensor], Map] | None:
         """Return the map for some samples alone, if converged samples are to be dropped."""
         if not self.gather or is_tracing(x) or len(x) != len(z0):
             return None
-        return lambda rows: self._map(x[rows])  # in the layout of x, which index_select does not keep
+        return lambda rows: BoundCell(self.cell, x[rows])  # in the layout of x, which index_select does not keep
 
     def _budget(self, x: Tensor) -> int | None:
         """Return a random budget if this is training and one is wanted; None for the solver's."""

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from timm_deq.fixed_point import Map
-
 
 def cached_parametrizations(cell: nn.Module, *, differentiable: bool) -> AbstractContextManager:
     """Compute the parametrised weights of a cell, recorded by autograd if `differentiable`, and hold them."""
@@ -29,17 +27,17 @@ def _cached(modules: list[nn.Module], differentiable: bool) -> Iterator[None]:
 
 def weights_of(cell: nn.Module) -> list[Tensor]:
     """Return the parameters of a cell, and the parametrised weights that are cached now in place of theirs."""
-    parameters = [p for name, p in cell.named_parameters() if "parametrizations." not in name]
-    return [*parameters, *parametrize._cache.values()]  # pyright: ignore[reportReturnType]
+    return [*(p for _, p in unparametrized(cell)), *present_weights(cell).values()]
 
 
-def with_present_weights(f: Map) -> Map:
-    """Let f use the parametrised weights that are cached now whenever it is called."""
-    weights = dict(parametrize._cache)
+def unparametrized(cell: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the names and parameters of a cell, but those that parametrised weights are computed from."""
+    return [(name, p) for name, p in cell.named_parameters() if "parametrizations." not in name]
 
-    def evaluate(z: Tensor) -> Tensor:
-        with parametrize.cached():
-            parametrize._cache.update(weights)
-            return f(z)
 
-    return evaluate if weights else f
+def present_weights(cell: nn.Module) -> dict[tuple[int, str], Tensor]:
+    """Return the parametrised weights of a cell that are cached now."""
+    if not parametrize._cache:
+        return {}
+    own = {id(module) for module in cell.modules()}
+    return {key: weight for key, weight in parametrize._cache.items() if key[0] in own}  # pyright: ignore

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
+from timm_deq.bound_cell import lasting
 from timm_deq.fixed_point import Map
 from timm_deq.gradients.base import BackwardCallback, Gradient
 from timm_deq.jacobian import TransposedJacobian
 from timm_deq.layout import Layout
-from timm_deq.parametrized import with_present_weights
 from timm_deq.solution import Solution
 from timm_deq.solvers.base import State
 from timm_deq.transforms import forward_mode, func_transforms, refuse_reverse, tangent_of, with_tangent
@@ -100,7 +100,7 @@ class AdjointGradient(Gradient):
 
         solve = partial(self._solve_scaled, z_star, state, start, report)
         inputs = [t for t in inputs if t.requires_grad]
-        connected = partial(self._connected_gradients, with_present_weights(f), z_star, transposed.fz, inputs)
+        connected = partial(self._connected_gradients, lasting(f), z_star, transposed.fz, inputs)
         return _Adjoint.apply(transposed.fz, transposed.z, z_star, solve, connected, *inputs)
 
     def _solve_scaled(

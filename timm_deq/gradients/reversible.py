@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from timm_deq.bound_cell import lasting
 from timm_deq.fixed_point import Map
 from timm_deq.gradients.base import BackwardCallback, Gradient, connect_to_graph
 from timm_deq.layout import Layout
-from timm_deq.parametrized import with_present_weights
 from timm_deq.solvers.base import Solver, State, is_tracing, where_rows
 from timm_deq.solvers.reversible import ReversibleIteration, ReversibleState
 from timm_deq.transforms import func_transforms, tangents_enabled
@@ -58,6 +58,8 @@ class Reversible(Gradient):
             return connect_to_graph(f, z_star)
         assert isinstance(state, ReversibleState)
         f.end = ReversibleState(*(t.detach() for t in state))
+        if not is_tracing(z_star):
+            f.again = lasting(f.f)
         return connect_to_graph(f.f, z_star)
 
 
@@ -66,7 +68,7 @@ class _ReversedMap:
 
     def __init__(self, f: Map, damping: float) -> None:
         self.f, self.damping = f, damping
-        self.again = with_present_weights(f)  # those of this solve are not to be computed again
+        self.again = f  # as it lasts; known when the solve is over
         self.calls = 0
         self.start = torch.empty(0)
         self.end: ReversibleState | None = None  # where each sample's iteration ended; known when the solve is over
