@@ -110,6 +110,10 @@ class FixedPointCorrection(HookContext):
     def _correct(
         self, layer: Equilibrium, args: tuple[Any, ...], kwargs: dict[str, Any], z_star: Tensor
     ) -> Tensor | None:
+        if isinstance(z_star, torch.fx.Proxy) and layer.training:
+            raise RuntimeError(
+                "FixedPointCorrection must not be open while torch.fx records: trace outside of its context"
+            )
         iterates, self._iterates = self._iterates, []
         if not (layer.training and torch.is_grad_enabled()):
             return None

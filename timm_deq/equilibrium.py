@@ -251,7 +251,7 @@ class Equilibrium(nn.Module):
         if self.min_steps is None or not self.training or is_tracing(x):
             return None
         most = self.solver.max_steps
-        return int(torch.randint(min(self.min_steps, most), most + 1, ()))
+        return int(torch.randint(min(self.min_steps, most), most + 1, (), device="cpu"))  # to be read at once
 
     def _requires_grad(self, x: Tensor) -> bool:
         """Return whether the cell or its input requires a gradient: of a frozen model nothing is recorded."""
@@ -305,6 +305,8 @@ def _explain_hooks() -> Iterator[None]:
 
 def _refuse_vmap() -> None:
     """Raise RuntimeError: what hooks keep of a batch of programs cannot be read once the transform is over."""
+    if torch.compiler._is_exporting_flag:
+        raise RuntimeError("hooks on a solve, as of SolveLog and WarmStart, must not be open inside torch.export")
     if inside_vmap():
         raise RuntimeError(
             "hooks on a solve, as of SolveLog and WarmStart, must not be open inside torch.func.vmap, jacrev and"

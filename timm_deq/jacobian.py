@@ -4,10 +4,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
 
 from timm_deq.fixed_point import Map
+from timm_deq.solvers.base import is_exporting
+from timm_deq.transforms import func_transforms
 
 
 class TransposedJacobian(NamedTuple):
@@ -23,7 +25,16 @@ class TransposedJacobian(NamedTuple):
 
     @classmethod
     def at(cls, f: Map, z: Tensor) -> "TransposedJacobian":
-        """Evaluate f once, recorded by autograd, at a leaf with the value of `z` `(B, ...)`."""
+        """Evaluate f once, recorded by autograd, at a leaf with the value of `z` `(B, ...)`.
+
+        Raises:
+            RuntimeError: Inside a transform of `torch.func` or a recorded program, which knows no such leaf.
+        """
+        if isinstance(z, fx.Proxy) or is_exporting() or (not torch.compiler.is_compiling() and func_transforms()):
+            raise RuntimeError(
+                "products with a Jacobian, as of JacobianPenalty and SolveLog(spectral_steps=...), must not be taken"
+                " inside transforms of torch.func or programs that are recorded: call these outside of their context"
+            )
         with torch.enable_grad(), _saved_as_they_are():
             z = z.detach().requires_grad_()
             return cls(z, f(z.view_as(z)))  # hooks on a leaf inside f would fail: `FlopCounterMode` sets some

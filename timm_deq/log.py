@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from timm_deq.dropout import VariationalDropout
@@ -17,6 +18,7 @@ from timm_deq.solution import Solution, Status
 from timm_deq.solvers.anderson import Anderson
 from timm_deq.solvers.base import check_bool, check_integer, is_tracing
 from timm_deq.spectral import at_equilibrium, spectral_radius
+from timm_deq.transforms import forward_mode, func_transforms
 
 EXACT, SOLVED = Anderson(1e-10, 400), 1e-8
 """In float64: the solver of a gradient that others are compared with, and the residual that its solves must reach."""
@@ -79,17 +81,18 @@ class SolveLog(HookContext):
         self, layer: Equilibrium, args: tuple[Any, ...], kwargs: dict[str, Any], z_star: Tensor
     ) -> None:
         x = kwargs.get("x", *args[:1])
-        if not isinstance(x, Tensor) or is_tracing(x) or not (z_star.requires_grad and x.requires_grad):
+        if not _is_compared(x) or not (z_star.requires_grad and x.requires_grad):
             return
         if any(isinstance(m, VariationalDropout) and m.training and m.p > 0 for m in layer.cell.modules()):
             raise ValueError("gradient_error must be False for a cell with dropout in training: call model.eval()")
-        point, equilibrium, cotangents, compared = x.detach(), z_star.detach(), [], []
+        cell, point, equilibrium = _in_float64(layer.cell), x.detach().clone(), z_star.detach().clone()
+        cotangents, compared = [], []
 
         def compare(gradient: Tensor) -> None:
             if self._handles is None or not cotangents or compared:  # later passes may be of second derivatives
                 return
             compared.append(True)
-            exact = _exact_gradient(layer.cell, point, equilibrium, cotangents[0])
+            exact = _exact_gradient(cell, point, equilibrium, cotangents[0])
             self._gradient_errors.append(_relative_error(gradient.detach(), exact))
 
         z_star.register_hook(lambda g: cotangents.append(g.detach()))
@@ -206,7 +209,7 @@ def _mean_residual(residual: Tensor) -> float:
 def _own_input(layer: Equilibrium, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Give the layer an input that nothing else uses, and that has a gradient where the layer has one."""
     x = kwargs.get("x", *args[:1])
-    if not isinstance(x, Tensor) or is_tracing(x) or not torch.is_grad_enabled():
+    if not _is_compared(x) or not torch.is_grad_enabled():
         return None
     if x.requires_grad:
         x = x.view_as(x)
@@ -215,11 +218,35 @@ def _own_input(layer: Equilibrium, args: tuple[Any, ...], kwargs: dict[str, Any]
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "x": x})
 
 
+def _is_compared(x: Any) -> bool:
+    """Return whether the gradient of a solve with the input x can be followed: in reverse mode, by `torch.autograd`."""
+    if not isinstance(x, Tensor) or is_tracing(x):
+        return False
+    if func_transforms():
+        raise RuntimeError("gradient_error must be False inside torch.func.grad, vjp and jvp: use torch.autograd")
+    return not forward_mode(x)
+
+
+def _in_float64(cell: nn.Module) -> nn.Module:
+    """Return a constant copy of a cell as it is now, whatever its tensors were computed from."""
+    held = [t for m in cell.modules() for t in (*m._parameters.values(), *m._buffers.values(), *vars(m).values())]
+    copies = {id(t): _constant(t) for t in held if isinstance(t, Tensor)}
+    copy = deepcopy(cell, copies)
+    for module in copy.modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            module.eval()  # a spectral norm moves its weight at each call in training
+    return copy
+
+
+def _constant(t: Tensor) -> Tensor:
+    return t.detach().to(torch.float64 if t.is_floating_point() else t.dtype, copy=True)
+
+
 def _exact_gradient(cell: nn.Module, x: Tensor, z_star: Tensor, g: Tensor) -> Tensor:
     """Return the derivative of `<g, z*>` in x `(B, ...)` in float64; infinite in samples that could not be solved."""
     residuals: list[Tensor] = []
     with torch.enable_grad():  # autocast leaves float64 alone
-        layer = Equilibrium(deepcopy(cell).double(), solver=EXACT, gradient=Implicit(EXACT))
+        layer = Equilibrium(cell, solver=EXACT, gradient=Implicit(EXACT))
         layer.register_solution_hook(lambda layer, phase, solution, trace: residuals.append(solution.residual))
         x = x.double().requires_grad_()
         (gradient,) = torch.autograd.grad(layer(x, z0=z_star.double()), x, g.double())

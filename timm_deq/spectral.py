@@ -21,6 +21,7 @@ from timm_deq.equilibrium import Equilibrium
 from timm_deq.hooks import Hook, HookContext, equilibria
 from timm_deq.jacobian import TransposedJacobian
 from timm_deq.solvers.base import check_integer
+from timm_deq.transforms import inside_backward
 
 
 def jacobian_penalty(f: Callable[[Tensor], Tensor], z: Tensor, *, samples: int = 1) -> Tensor:
@@ -122,8 +123,10 @@ class JacobianPenalty(HookContext):
 
     def _record(self, layer: Equilibrium, args: tuple[Any, ...], kwargs: dict[str, Any], z_star: Tensor) -> None:
         if layer.training and torch.is_grad_enabled():
-            penalty = partial(jacobian_penalty, samples=self.samples)
-            self._penalties.append(at_equilibrium(penalty, layer, args, kwargs, z_star))
+            measure = partial(jacobian_penalty, samples=self.samples)
+            penalty = at_equilibrium(measure, layer, args, kwargs, z_star)
+            if not inside_backward():  # a checkpoint repeats forwards, all of them, but it was recorded before
+                self._penalties.append(penalty)
 
     def mean(self) -> Tensor:
         """Return the mean over samples and layers of the forwards since the last call, a differentiable scalar.

@@ -59,6 +59,11 @@ def requires_grad(tensor: Tensor) -> bool:
     return True
 
 
+def inside_backward() -> bool:
+    """Return whether a backward pass is going on: a forward in it is one that a checkpoint repeats."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def recorded_by_proxies() -> bool:
     """Return whether `make_fx`, on which `torch.func.linearize` rests, records the program."""
     return torch._C._get_dispatch_mode(_PROXY) is not None

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from timm_deq.equilibrium import Equilibrium
 from timm_deq.hooks import Hook, HookContext, equilibria
 from timm_deq.solution import Solution, Status
+from timm_deq.transforms import inside_backward
 
 
 class WarmStart(HookContext):
@@ -27,7 +28,8 @@ class WarmStart(HookContext):
 
     A solve whose input has another shape than the last, or that is given a `z0`, starts as without, and so does a
     sample whose last solve failed. The adjoint serves the gradients that solve for it (:class:`timm_deq.Implicit`,
-    :class:`timm_deq.Shine`).
+    :class:`timm_deq.Shine`). Those of the steps taken (:class:`timm_deq.Unrolled`, :class:`timm_deq.Reversible`) get
+    too small, and zero where the start is the answer.
 
     Args:
         model: Any module; all its :class:`Equilibrium` layers are warm-started.
@@ -52,6 +54,10 @@ class WarmStart(HookContext):
 
     def _start(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         assert isinstance(layer, Equilibrium)
+        if torch.jit.is_tracing():  # the start would be a constant of the program
+            return None
+        if layer.gradient.differentiates_solver and inside_backward():  # a checkpoint repeats the steps: all of them
+            return None
         z, u = self._last.get((layer, "forward")), self._last.get((layer, "backward"))
         if z is None or len(args) > 1 or kwargs.get("z0") is not None:
             return None

@@ -157,7 +157,8 @@ def test_a_random_budget_in_training():
     layer = Equilibrium(Affine(0.99), solver=Picard(1e-12, 9), min_steps=4)
     with SolveLog(layer) as log:
         for _ in range(60):
-            layer(x)
+            with torch.device("meta"):  # where numbers that are drawn could not be read
+                layer(x)
         layer.eval()(x)
     drawn = log.steps.view(-1, 2)
     assert set(drawn[:-1, 0].tolist()) == {4, 5, 6, 7, 8, 9} and torch.equal(drawn[:, 0], drawn[:, 1])

@@ -8,6 +8,7 @@ import torch
 from oracles import implicit_gradients, newton
 from problems import cell_and_input
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 
 from timm_deq import (
@@ -132,6 +133,61 @@ def test_by_hand():
     with SolveLog(layer, gradient_error=True) as log:
         layer(torch.ones(3, 1, requires_grad=True)).sum().backward()
     torch.testing.assert_close(log.gradient_error, torch.full((3,), 0.25, dtype=torch.float64))
+
+
+def of_a_functional_call(layer, x, g):
+    """In parameters that lead to others."""
+    own = {name: 0.5 * p for name, p in layer.named_parameters()}
+    torch.func.functional_call(layer, own, (x,)).backward(g)
+
+
+def after_a_change(layer, x, g):
+    """In parameters that autograd does not need, as that of a sum."""
+    z = layer(x)
+    with torch.no_grad():
+        layer.cell.offset.add_(1)
+    z.backward(g)
+
+
+def before_a_second_solve(layer, x, g):
+    """In training, when the spectral norm of a weight moves."""
+    z = layer.train()(x)
+    layer(x)
+    z.backward(g)
+
+
+@pytest.mark.parametrize("route", [of_a_functional_call, after_a_change, before_a_second_solve])
+def test_the_error_is_that_of_the_cell_as_it_was(route):
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = parametrizations.spectral_norm(nn.Linear(4, 4, bias=False, dtype=torch.float64))
+            self.offset = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+
+        def forward(self, z, x):
+            return torch.tanh(self.linear(z) / 2 + x + self.offset)
+
+    torch.manual_seed(0)
+    x, g = torch.randn(2, 3, 4, dtype=torch.float64)
+    layer = Equilibrium(Cell().eval(), solver=Anderson(1e-12, 60), gradient=Implicit(Anderson(1e-12, 60)))
+    with torch.no_grad():
+        layer.cell.offset.add_(1)
+        layer.cell.linear.parametrizations.weight.original.add_(torch.diag(x[0]))  # its norm is not found at once
+    with SolveLog(layer, gradient_error=True) as log:
+        route(layer, x.requires_grad_(), g)
+    assert log.gradient_error[:3].max() < 1e-7
+
+
+# Forward mode loads decompositions that torch itself still scripts.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_forward_mode_beside_a_log_that_compares(problem):
+    """Where there is nothing to compare."""
+    cell, x, g, _ = problem
+    layer, found = Equilibrium(cell, solver=LOOSE), []
+    for compares in (False, True):
+        with SolveLog(layer, gradient_error=compares) as log, forward_ad.dual_level():
+            found.append(forward_ad.unpack_dual(layer(forward_ad.make_dual(x.detach(), g))).tangent)
+    assert torch.equal(*found) and len(log.gradient_error) == 0
 
 
 class Fleeing(nn.Module):

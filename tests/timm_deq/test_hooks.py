@@ -1,12 +1,13 @@
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from problems import cell_and_input
 from torch import nn
 
-from timm_deq import Equilibrium, FixedPointCorrection, JacobianPenalty, SolveLog, WarmStart, equilibria
+from timm_deq import Equilibrium, FixedPointCorrection, JacobianPenalty, Picard, SolveLog, WarmStart, equilibria
 
 CONTEXTS = {
     "penalty": JacobianPenalty,
@@ -65,6 +66,36 @@ def test_a_model_is_copied_inside_a_context(case, copied):
     assert held is None or len(context) == held  # the copy is followed by nobody
     context.__exit__(None, None, None)
     torch.testing.assert_close(plain, model(x), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace", "ignore:.torch.jit.script")
+@pytest.mark.parametrize(
+    ("context", "line"),
+    [
+        (JacobianPenalty, "products with a Jacobian, .* must not be taken inside transforms of torch.func or programs"),
+        (partial(SolveLog, spectral_steps=2), "products with a Jacobian, .* must not be taken inside transforms"),
+        (partial(SolveLog, gradient_error=True), "gradient_error must be False inside torch.func"),
+        (SolveLog, "SolveLog and WarmStart, must not be open inside torch.export"),
+        (WarmStart, "SolveLog and WarmStart, must not be open inside torch.export"),
+        (partial(FixedPointCorrection, at=(1,)), "FixedPointCorrection must not be open while torch.fx records"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(context, line):
+    """In one line, rather than by whatever torch says of it."""
+    cell, x = cell_and_input("conv")
+    model, x = nn.Sequential(Equilibrium(cell, solver=Picard(1e-3, 3))), x.detach()
+    if "torch.export" in line:
+        routes = [lambda: torch.export.export(model, (x,))]
+    elif "torch.fx" in line:
+        routes = [lambda: torch.fx.symbolic_trace(model)]
+    else:
+        routes = [lambda: torch.func.grad(lambda x: model(x).sum())(x), lambda: torch.func.jvp(model, (x,), (x,))]
+    if "programs" in line:
+        routes += [lambda: torch.fx.symbolic_trace(model), lambda: torch.jit.trace(model, (x,))]
+    with context(model):
+        for route in routes:
+            with pytest.raises(RuntimeError, match=line):
+                route()
 
 
 def test_an_error_on_the_way_in_leaves_no_hook():

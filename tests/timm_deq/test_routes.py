@@ -387,6 +387,17 @@ def test_batched_cotangents(problem, gradient):
     assert relative_error([found.reshape(derivative.shape)], [derivative]) < PRECISION
 
 
+def test_batched_tangents(small, gradient):
+    cell, x, z, derivative = small
+    layer = layer_of(gradient, cell)
+    if gradient in ADJOINT:
+        with pytest.raises(RuntimeError, match='strategy="forward-mode" does .* torch.func.jacfwd or the gradient Unr'):
+            torch.autograd.functional.jacobian(layer, x, vectorize=True, strategy="forward-mode")
+        return
+    found = torch.autograd.functional.jacobian(layer, x, vectorize=True, strategy="forward-mode")
+    assert relative_error([found.reshape(derivative.shape)], [derivative]) < 10 * PRECISION
+
+
 @pytest.mark.parametrize(("training", "scale"), [(True, 1e-6), (False, 1e6)], ids=["train", "eval"])
 def test_torch_func_in_reverse_mode(small, gradient, training, scale):
     cell, x, z, derivative = small

@@ -7,6 +7,7 @@ from problems import Linear, cell_and_input, generator
 from stubs import Counted
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from timm_deq import Anderson, Equilibrium, Implicit, Phantom
 from timm_deq.spectral import JacobianPenalty, jacobian_penalty, spectral_radius
@@ -147,6 +148,16 @@ def test_the_penalty_of_a_model(gradient):
     torch.testing.assert_close(x.grad[1], torch.full((2,), 2 * 0.75 / 4 / 2))
     torch.testing.assert_close(layers[1].cell.a.grad, torch.tensor(2 * 0.375 / 4))
     assert not any(layer._forward_hooks for layer in layers)
+
+
+def test_a_checkpoint_that_repeats_a_forward_adds_no_penalty():
+    layer, x = Equilibrium(Scaled()), torch.ones(2, 3, requires_grad=True)
+    with JacobianPenalty(layer) as penalty:
+        (checkpoint(lambda x: layer(x).exp(), x, use_reentrant=False).sum() + penalty.mean()).backward()
+        with pytest.raises(ValueError, match="needs a forward"):
+            penalty.mean()
+    # of 0 by the equilibrium, which is zero, and of (a + 1/2)^2 by the penalty
+    torch.testing.assert_close(layer.cell.a.grad, torch.tensor(1.5))
 
 
 class Counting(nn.Module):

@@ -2,8 +2,9 @@ import pytest
 import torch
 from problems import cell_and_input
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from timm_deq import Broyden, Equilibrium, Implicit, Picard, Shine, SolveLog, Status, WarmStart
+from timm_deq import Broyden, Equilibrium, Implicit, Picard, Shine, SolveLog, Status, Unrolled, WarmStart
 
 
 def layer_and_views():
@@ -30,6 +31,28 @@ def test_a_second_view_takes_fewer_evaluations_and_has_the_same_answer():
     with SolveLog(layer) as log:
         layer(view)
     assert torch.equal(log.steps, first) and not layer._solution_hooks and not layer._forward_pre_hooks
+
+
+def test_a_checkpoint_repeats_all_steps():
+    """Those of its backward pass, begun where the forward ended, would be none, and their derivative zero."""
+    layer, x, _ = layer_and_views()
+    layer.gradient = Unrolled()
+    expected = gradient(layer, x)
+    for reentrant in (False, True):
+        x = x.detach().requires_grad_()
+        with WarmStart(layer):
+            (checkpoint(layer, x, use_reentrant=reentrant) * torch.arange(x.numel()).view_as(x)).sum().backward()
+        torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace")
+def test_a_traced_program_has_no_start_of_its_own():
+    layer, x, view = layer_and_views()
+    layer.solver = Picard(1e-8, 4)
+    with WarmStart(layer), torch.no_grad():
+        layer(x)
+        traced = torch.jit.trace(layer, (x,))
+    torch.testing.assert_close(traced(view), layer(view))
 
 
 def test_the_adjoint_starts_from_the_last_too():

@@ -59,6 +59,11 @@ class AdjointGradient(Gradient):
         b = tangent_of(f(z_star))
         if b is None:
             return None
+        if _functorch.is_legacy_batchedtensor(b):
+            raise RuntimeError(
+                'vectorize=True with strategy="forward-mode" does not serve an equilibrium: use torch.func.jacfwd or'
+                " the gradient Unrolled"
+            )
         b = Layout.of(z_star).arranged(b.to(torch.promote_types(b.dtype, torch.float32)))
         scale = _scale_of(b)
 
