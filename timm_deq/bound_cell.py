@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from timm_deq.dropout import one_mask_per_solve
 from timm_deq.fixed_point import Map
-from timm_deq.parametrized import present_weights, unparametrized
+from timm_deq.parametrized import cached_again, present_weights, unparametrized
 
 
 class BoundCell:
@@ -46,8 +45,7 @@ class BoundCell:
                         f"{name} must not be changed in place between a solve and its backward pass, which evaluates"
                         " the cell again: back-propagate first, or change a copy"
                     )
-            with _in_state(modules), autocast(), parametrize.cached() if weights else nullcontext():
-                parametrize._cache.update(weights)
+            with _in_state(modules), autocast(), cached_again(weights):
                 return self(z)
 
         return evaluate

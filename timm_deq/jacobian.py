@@ -58,8 +58,19 @@ def _saved_as_they_are() -> AbstractContextManager:
     Activation checkpointing would then evaluate all that it covers again, and offloading copy from the host.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
-    return nullcontext() if hooks is None else saved_tensors_hooks(_identity, _identity)
+    return nullcontext() if hooks is None else saved_tensors_hooks(_pack, _unpack)
 
 
-def _identity(tensor: Tensor) -> Tensor:
+def _pack(tensor: Tensor) -> tuple[Tensor, int | None]:
+    return tensor, None if tensor.is_inference() else tensor._version
+
+
+def _unpack(packed: tuple[Tensor, int | None]) -> Tensor:
+    """Check what autograd itself checks where there are no hooks."""
+    tensor, version = packed
+    if version is not None and tensor._version != version:
+        raise RuntimeError(
+            "a tensor that the gradient of an equilibrium needs must not be changed in place between its solve and its"
+            f" backward pass, got one of shape {tuple(tensor.shape)} that was"
+        )
     return tensor

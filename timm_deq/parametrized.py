@@ -1,11 +1,15 @@
 """Parametrised weights (`torch.nn.utils.parametrize`), computed once for a solve and its gradient."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Held while torch's cache is in use: it is one for all threads, which would take each other's weights and old ones."""
 
 
 def cached_parametrizations(cell: nn.Module, *, differentiable: bool) -> AbstractContextManager:
@@ -17,7 +21,7 @@ def cached_parametrizations(cell: nn.Module, *, differentiable: bool) -> Abstrac
 @contextmanager
 def _cached(modules: list[nn.Module], differentiable: bool) -> Iterator[None]:
     device = next(p for module in modules for p in module.parameters()).device.type
-    with parametrize.cached():
+    with _exclusive(), parametrize.cached():
         with torch.set_grad_enabled(differentiable), torch.autocast(device, enabled=False):
             for module in modules:
                 for name in module.parametrizations:  # pyright: ignore[reportGeneralTypeIssues]
@@ -41,3 +45,23 @@ def present_weights(cell: nn.Module) -> dict[tuple[int, str], Tensor]:
         return {}
     own = {id(module) for module in cell.modules()}
     return {key: weight for key, weight in parametrize._cache.items() if key[0] in own}  # pyright: ignore
+
+
+@contextmanager
+def cached_again(weights: dict[tuple[int, str], Tensor]) -> Iterator[None]:
+    """Hold parametrised weights, as `present_weights` gave them, in place of those that are cached now."""
+    if not weights:
+        yield
+        return
+    with _exclusive(), parametrize.cached():
+        outer = {**parametrize._cache}
+        parametrize._cache.update(weights)
+        try:
+            yield
+        finally:
+            parametrize._cache.clear()
+            parametrize._cache.update(outer)
+
+
+def _exclusive() -> AbstractContextManager:
+    return nullcontext() if torch.compiler.is_compiling() else _ONE_AT_A_TIME

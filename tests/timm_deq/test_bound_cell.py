@@ -2,13 +2,17 @@
 
 import copy
 import threading
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from oracles import relative_error
 from problems import generator
 from torch import nn
+from torch.autograd.graph import allow_mutation_on_saved_tensors, save_on_cpu
 from torch.func import functional_call, stack_module_state
+from torch.nn.utils import parametrizations
 
 from timm_deq import (
     Anderson,
@@ -136,6 +140,18 @@ def test_another_tensor_that_the_cell_holds(gradient):
     assert [relative_error(a, b) for a, b in zip(found, apart, strict=True)] == [0, 0]
 
 
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_frozen_cell_that_holds_what_is_trained(gradient):
+    layer, x = layer_and_input(gradient)
+    layer.requires_grad_(False)
+    x, scale = x.detach(), torch.full((), 0.5, dtype=x.dtype, requires_grad=True)
+    found = []
+    for equilibrium in (layer, partial(steps_of, layer.cell)):
+        layer.cell.scale = 2 * scale
+        found.append(list(torch.autograd.grad(equilibrium(x).square().sum(), scale)))
+    assert relative_error(*found) < PRECISION[gradient]
+
+
 def test_second_derivatives_after_autocast():
     """f is evaluated again as it was, where its input is of lower precision than its parameters."""
 
@@ -185,6 +201,45 @@ class DropsState(Cell):
 
     def forward(self, z, x):
         return torch.tanh(nn.functional.linear(self.drop(z), self.weight) + x + self.bias)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_threads_that_share_a_layer_have_weights_of_their_own(gradient):
+    """Torch has one cache of parametrised weights for all."""
+    layer, x = layer_and_input(gradient)
+    parametrizations.weight_norm(layer.cell, "weight")
+    layer.solver = replace(layer.solver, tol=1e-30, max_steps=4)
+    expected, found = gradients_of(layer, x), []
+    entered = threading.Semaphore(0)
+
+    def pause(*_):
+        entered.release()
+        entered.acquire(timeout=0.01)  # lets another thread go on, if it can
+        entered.acquire(timeout=0.01)
+
+    layer.cell.register_forward_pre_hook(pause)
+    threads = [threading.Thread(target=lambda: found.append(gradients_of(layer, x))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [relative_error(g, expected) for g in found] == [0, 0]
+
+
+def gradients_of(layer, x):
+    return list(torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()]))
+
+
+@pytest.mark.parametrize("around", [save_on_cpu, allow_mutation_on_saved_tensors])
+def test_what_was_changed_in_place_is_refused_where_others_hook_what_is_saved(around):
+    """Where torch has hooks, it checks no version."""
+    layer, x = layer_and_input("implicit")
+    with around():
+        loss = layer(x).sum()
+        with torch.no_grad():
+            layer.cell.weight.mul_(0.5)
+        with pytest.raises(RuntimeError, match="must not be changed in place between its solve and its backward pass"):
+            torch.autograd.grad(loss, x)
 
 
 def test_masks_of_an_ensemble():
