@@ -257,8 +257,6 @@ class Equilibrium(nn.Module):
         """Return whether the cell or its input requires a gradient: of a frozen model nothing is recorded."""
         if isinstance(x, torch.fx.Proxy) or any(map(requires_grad, (x, *self.cell.parameters()))):
             return True
-        if torch.compiler.is_compiling():
-            return False
         held = (t for m in self.cell.modules() for t in (*m._buffers.values(), *vars(m).values()))
         return any(isinstance(t, Tensor) and requires_grad(t) for t in held)  # as what another network tells the cell
 

@@ -140,10 +140,14 @@ def test_another_tensor_that_the_cell_holds(gradient):
     assert [relative_error(a, b) for a, b in zip(found, apart, strict=True)] == [0, 0]
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_a_frozen_cell_that_holds_what_is_trained(gradient):
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # by dynamo
+@pytest.mark.parametrize(("gradient", "compiled"), [*((gradient, False) for gradient in GRADIENTS), ("unrolled", True)])
+def test_a_frozen_cell_that_holds_what_is_trained(gradient, compiled):
     layer, x = layer_and_input(gradient)
     layer.requires_grad_(False)
+    if compiled:
+        layer.solver = Picard(1e-9, 30)
+        layer.compile(backend="eager", fullgraph=True)
     x, scale = x.detach(), torch.full((), 0.5, dtype=x.dtype, requires_grad=True)
     found = []
     for equilibrium in (layer, partial(steps_of, layer.cell)):
