@@ -141,7 +141,10 @@ def test_another_tensor_that_the_cell_holds(gradient):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # by dynamo
-@pytest.mark.parametrize(("gradient", "compiled"), [*((gradient, False) for gradient in GRADIENTS), ("unrolled", True)])
+@pytest.mark.parametrize(
+    ("gradient", "compiled"),
+    [*((gradient, False) for gradient in GRADIENTS), pytest.param("unrolled", True, marks=pytest.mark.slow)],
+)
 def test_a_frozen_cell_that_holds_what_is_trained(gradient, compiled):
     layer, x = layer_and_input(gradient)
     layer.requires_grad_(False)
