@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,18 +57,18 @@ def lasting(f: Map) -> Map:
 
 
 class _ModuleState(NamedTuple):
-    """What a module computes with, but its hooks and plain numbers."""
+    """What a module computes with, but its hooks, and integers, as it may count its calls."""
 
     module: nn.Module
     training: bool
     parameters: dict[str, Tensor | None]
     buffers: dict[str, Tensor | None]
-    tensors: dict[str, Tensor]
+    numbers: dict[str, Tensor | float]
 
     @classmethod
     def of(cls, module: nn.Module) -> "_ModuleState":
-        tensors = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
-        return cls(module, module.training, {**module._parameters}, {**module._buffers}, tensors)
+        numbers = {name: value for name, value in vars(module).items() if isinstance(value, (Tensor, float))}
+        return cls(module, module.training, {**module._parameters}, {**module._buffers}, numbers)
 
     def holds(self) -> bool:
         """Return whether the module is in this state."""
@@ -80,24 +80,24 @@ class _ModuleState(NamedTuple):
             for a, b in zip(present[2:], self[2:], strict=True)
         )
 
-    def restore(self) -> None:
-        vars(self.module).update(
-            self.tensors, training=self.training, _parameters={**self.parameters}, _buffers={**self.buffers}
-        )
+    def attributes(self) -> dict[str, Any]:
+        return {**self.numbers, "training": self.training, "_parameters": self.parameters, "_buffers": self.buffers}
 
 
 @contextmanager
 def _in_state(states: list[_ModuleState]) -> Iterator[None]:
     """Put modules back in the given states; most often they are."""
-    others = [_ModuleState.of(state.module) for state in states if not state.holds()]
-    if others:
-        for state in states:
-            state.restore()
+    present: list[tuple[nn.Module, dict[str, Any]]] = []
     try:
+        for state in states:
+            if not state.holds():
+                then, now = state.attributes(), vars(state.module)
+                present.append((state.module, {name: now[name] for name in then if name in now}))
+                now.update(then)
         yield
     finally:
-        for other in others:
-            other.restore()
+        for module, attributes in present:
+            vars(module).update(attributes)
 
 
 def _present_autocast(device: str) -> partial[AbstractContextManager]:

@@ -53,7 +53,8 @@ class Equilibrium(nn.Module):
         gradient: Differentiates it.
         min_steps: If given, training draws the budget of each solve uniformly from `min_steps` to the solver's
             `max_steps`, so that the model is of use at any number of steps. Recorded programs draw nothing.
-        gather: Whether a solve in evaluation drops converged samples from the batch (compaction).
+        gather: Whether a solve in evaluation drops converged samples from the batch (compaction). A cell that holds
+            further tensors with a row for each sample wants False.
 
     Raises:
         ValueError: A gradient that the solver does not serve, `min_steps` below 1, or a cell that `fully_shard` has

@@ -126,17 +126,19 @@ def test_another_mode(gradient, training):
     assert relative_error(*found) == 0
 
 
+@pytest.mark.parametrize("kind", [float, torch.tensor])
 @pytest.mark.parametrize("gradient", AGAIN)
-def test_another_tensor_that_the_cell_holds(gradient):
+def test_another_number_that_the_cell_holds(gradient, kind):
     """As one that tells it of a second input, where two solves come before their backward passes."""
     layer, x = layer_and_input(gradient)
     apart, losses = [], []
     for scale in (0.5, 1.5):
-        layer.cell.scale = torch.full((), scale, dtype=x.dtype)
+        layer.cell.scale = kind(scale)
         apart.append(derivatives(layer(x).square().sum(), [x, *layer.parameters()]))
         losses.append(layer(x).square().sum())
+    layer.cell.scale = 1.0
     found = [derivatives(loss, [x, *layer.parameters()]) for loss in losses]
-    assert layer.cell.scale == 1.5
+    assert layer.cell.scale == 1.0
     assert [relative_error(a, b) for a, b in zip(found, apart, strict=True)] == [0, 0]
 
 
