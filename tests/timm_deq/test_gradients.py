@@ -164,6 +164,19 @@ def test_shine_is_biased_and_refining_mends_it(cell_name):
     assert errors[2] < {"conv": 1e-3, "attention": 2e-7}[cell_name]  # the shared inverse is built upon, not dropped
 
 
+@pytest.mark.parametrize("push", [False, True])
+def test_the_inverse_that_shine_shares_is_applied_in_float32_under_autocast(push):
+    """Of a map that casts nothing; in either mode."""
+    matrix = 0.6 * nn.init.orthogonal_(torch.empty(8, 8), generator=generator())
+    x, v = torch.randn(2, 3, 8, generator=generator(1))
+    solver, found = Broyden(1e-6, 40, memory=40), []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            state = fixed_point(lambda z: (z.unsqueeze(1) * matrix).sum(-1) + x, torch.zeros_like(x), solver).state
+            found.append(Shine().solve(torch.clone, v, None, state, transposed=not push))  # asks for no product
+    assert torch.equal(*found)
+
+
 def test_shine_costs_no_product_and_refining_one_more_than_its_steps():
     cell, x = cell_and_input("conv")
     for refine, products in ((0, []), (3, [4, 4, 4])):

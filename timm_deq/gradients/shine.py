@@ -9,6 +9,7 @@ Broyden's method a memory of `max_steps`. `refine` steps of Broyden's method on 
 $B^\top$ as its inverse, mend the rest.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ from timm_deq.fixed_point import Map, fixed_point
 from timm_deq.gradients.adjoint import AdjointGradient
 from timm_deq.layout import Layout
 from timm_deq.solution import Solution
-from timm_deq.solvers.base import Solver, State, check_integer, where_rows
+from timm_deq.solvers.base import Solver, State, autocast_enabled, check_integer, where_rows
 from timm_deq.solvers.broyden import Broyden, BroydenState, apply_inverse
 
 
@@ -53,7 +54,8 @@ class Shine(AdjointGradient):
         if start is None:
             layout = Layout.of(g)
             flat = layout.rows(g)
-            u = -apply_inverse(flat, us, vs)
+            with torch.autocast(g.device.type, enabled=False) if autocast_enabled(g) else nullcontext():
+                u = -apply_inverse(flat, us, vs)
             start = layout.state(where_rows(torch.linalg.vector_norm(u, dim=1).isfinite(), u, flat), g.shape)
         if self.refine == 0:
             return start
