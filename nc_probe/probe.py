@@ -288,6 +288,7 @@ class NCProbe:
         self._sums.add(features, labels, mask, output)
         if self.head is not None and not self._compared and len(features):
             self._compared = True
+            self._hooked.trust_logits()
             few = max(LOGITS // self.num_classes, 1)
             self.linear_error = self._sums.classifiers[0].linear_error(features[:few], [x[:few] for x in output])
             warn_of_other_logits(self.head, self.linear_error, output)

@@ -1,7 +1,8 @@
 """Captures: hooks that hold what one forward pass of a model gave, at its classifier, its output, layers and iterates.
 
-What is captured is a copy, for activations may be overwritten before they are read. Only what happens inside a forward
-pass of the whole model counts: not what gradient checkpointing computes again in a backward pass.
+What is captured is a copy, for activations may be overwritten before they are read; but for logits where whoever reads
+them makes sure that they are still those of the features. Only what happens inside a forward pass of the whole model
+counts: not what gradient checkpointing computes again in a backward pass.
 """
 
 from abc import ABC, abstractmethod
@@ -99,10 +100,13 @@ class OutputCapture(Capture):
         model: wrapped or not.
         inner: captures inside the model, which are cleared as a pass begins: one that raised midway leaves nothing.
         num_classes: K, by which logits (B, T, K) of tokens are known among other outputs.
+
+    Attributes:
+        copies: whether the output is copied.
     """
 
     def __init__(self, model: nn.Module, inner: Sequence[Capture] = (), *, num_classes: int | None = None) -> None:
-        self.model, self.inner, self.num_classes = unwrap(model), inner, num_classes
+        self.model, self.inner, self.num_classes, self.copies = unwrap(model), inner, num_classes, True
         super().__init__()
 
     def register(self) -> list[RemovableHandle]:
@@ -141,7 +145,8 @@ class OutputCapture(Capture):
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for capture in self.inner:
             capture.recording = False
-        self._output = [x.detach().clone() for x in _logits(output, self.num_classes)]
+        found = [x.detach() for x in _logits(output, self.num_classes)]
+        self._output = [x.clone() for x in found] if self.copies else found
         self._passes += 1
 
 

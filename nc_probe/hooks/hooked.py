@@ -32,6 +32,7 @@ class HookedModel:
         inner = [*captures] if self._input is None else [self._input, *captures]
         self._output = OutputCapture(model, inner, num_classes=num_classes)
         self._registered: contextlib.ExitStack | None = None
+        self._modules: list[tuple[str, nn.Module]] = []
         self.restart()
 
     @property
@@ -50,6 +51,7 @@ class HookedModel:
         self.clear()
         if self.head is not None:
             self.head.check(self.model)
+        self._modules = [*unwrap(self.model).named_modules()]  # in each update it would take a third of a millisecond
         with contextlib.ExitStack() as stack:
             if is_compiled(self.model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -72,6 +74,11 @@ class HookedModel:
         """Begin a pass: its weights may be others."""
         self.clear()
         self._versions: list[int] | None = None
+        self._output.copies = True
+
+    def trust_logits(self) -> None:
+        """Copy logits no longer in this pass: from now on they are only used where they are found to be right."""
+        self._output.copies = self.head is None
 
     def pop(self, *, tokens: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Return features (B, d), or with `tokens` (B, T, d), and what may be logits of the last forward pass.
@@ -80,11 +87,10 @@ class HookedModel:
             ValueError: not exactly one forward pass since the last time, a model in training mode, or features of
                 another shape.
         """
-        training, versions = _modes_and_versions(unwrap(self.model))
-        if training:
-            name = next(name for name, module in unwrap(self.model).named_modules() if module.training)
-            raise ValueError(f"model must be in evaluation mode, but its module {name!r} trains: call model.eval()")
-        self._check_weights(versions)
+        for name, module in self._modules:
+            if module.training:
+                raise ValueError(f"model must be in evaluation mode, but its module {name!r} trains: call model.eval()")
+        self._check_weights([_version(p) for _, module in self._modules for p in module._parameters.values()])
         output = self._output.pop()
         features = (output[0] if len(output) == 1 else None) if self._input is None else self._input.pop(tokens=tokens)
         if features is None or features.ndim != 2 + tokens:
@@ -107,28 +113,10 @@ class HookedModel:
             )
 
 
-def _modes_and_versions(model: nn.Module) -> tuple[bool, list[int]]:
-    """Tell whether any module trains, and of all parameters how often they were changed.
-
-    In each update, where the iterators of `nn.Module` would take a millisecond for a ResNet-50.
-    """
-    training, versions = False, []
-    modules, seen = [model], {id(model)}
-    for module in modules:  # which grows meanwhile
-        training = training or module.training
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                versions.append(_version(parameter))
-        for child in module._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                modules.append(child)
-    return training, versions
-
-
-def _version(parameter: Tensor) -> int:
+def _version(parameter: Tensor | None) -> int:
+    """How often it was changed."""
     try:
-        return parameter._version
+        return 0 if parameter is None else parameter._version
     except RuntimeError:  # of inference mode: it has none
         return 0
 

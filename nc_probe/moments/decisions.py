@@ -28,8 +28,8 @@ __all__ = ["Scores", "UNIT"]
 # Unit roundoff of float32.
 UNIT = 2.0**-24
 
-# Numbers of contenders scored at once: 4 MB.
-PAIRS = 2**19
+# Numbers of contenders scored at once: 512 KB.
+PAIRS = 2**16
 
 # Added to norms, so that what underflows is within the bound. What overflows has an infinite one.
 TINY = 2.0**-50
@@ -103,15 +103,13 @@ class Scores:
         usable = logits.dtype == torch.float32 and x.dtype != torch.float64 and float32_has_all_bits(x.device)
         if not usable or logits.device != x.device or not self._all_finite:
             return self.highest(x)
-        logits = logits.clone() if logits.is_inference() else logits
         norms, combined = self.sketch(x) if sketch is None else sketch
         signs, _, constant, slope, least = self._checksum()
         tolerance = (norms * slope).add_(least)
         known = (logits @ signs).sub_(combined).sub_(constant).abs_() <= tolerance
         lead = 3 * tolerance
         own, slot = logits.gather(1, labels[:, None]), labels[:, None]
-        rest = logits.scatter_(1, slot, -torch.inf).amax(1)
-        logits.scatter_(1, slot, own)
+        rest = logits.scatter(1, slot, -torch.inf).amax(1)
         chosen = labels.clone()
         others = (~(known & (own[:, 0] - rest > lead))).nonzero()[:, 0]  # NaN is
         if len(others):

@@ -7,8 +7,8 @@ from torch import Tensor
 
 __all__ = ["CheckedBatch", "WaitingBatches"]
 
-# Features and logits that wait.
-WAITING_BYTES = 2**20
+# Features and logits that wait, and those of a batch that does not.
+WAITING_BYTES, LARGE = 2**22, 2**20
 
 
 class CheckedBatch(NamedTuple):
@@ -41,9 +41,10 @@ class WaitingBatches:
 
     def append(self, batch: CheckedBatch) -> bool:
         """Let a batch wait; tell whether they are enough to be added."""
+        size = batch.features.nbytes + (0 if batch.logits is None else batch.logits.nbytes)
         self._batches.append(batch)
-        self._bytes += batch.features.nbytes + (0 if batch.logits is None else batch.logits.nbytes)
-        return self._bytes >= WAITING_BYTES or batch.features.device.type != "cpu"
+        self._bytes += size
+        return size >= LARGE or self._bytes >= WAITING_BYTES or batch.features.device.type != "cpu"
 
     def pop(self) -> tuple[CheckedBatch, list[int]] | None:
         """Return them as one, with the sizes that they had, and clear them; None if there are none."""

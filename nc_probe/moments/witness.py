@@ -32,22 +32,22 @@ class WitnessRows:
     """
 
     def __init__(self, labels: Tensor) -> None:
-        order = labels.argsort(stable=True)
-        n = torch.bincount(labels)
-        place = torch.arange(len(labels)) - (n.cumsum(0) - n)[labels[order]]  # of each row among those of its class
-        n = n[labels[order]]
-        wanted = n.clamp(max=max(ROWS // max(int((place == 0).sum()), 1), 1))
-        chosen = order[place * wanted // n != (place - 1) * wanted // n].sort().values
+        order, n = labels.int().argsort(stable=True), torch.bincount(labels)  # half the numbers, half the time
+        wanted = n.clamp(max=max(ROWS // max(int((n > 0).sum()), 1), 1))
+        of = torch.arange(len(n)).repeat_interleave(wanted)
+        turn = torch.arange(len(of)) - (wanted.cumsum(0) - wanted)[of]
+        place = (turn * n[of] + wanted[of] - 1) // wanted[of]  # of each row wanted among those of its class
+        chosen = order[(n.cumsum(0) - n)[of] + place].sort().values
         chosen = chosen[:: -(-len(chosen) // (2 * ROWS)) or 1]
         self.labels = labels[chosen]
-        self._rows, self._found, self._start = chosen.tolist(), [], 0
+        self._rows, self._chosen, self._found, self._start = chosen.tolist(), chosen, [], 0
 
     def show(self, features: Tensor) -> None:
         """Take the rows wanted out of the next batch (B, d)."""
         stop = self._start + len(features)
         first, last = (bisect.bisect_left(self._rows, row) for row in (self._start, stop))
         if first < last:
-            self._found.append(features[[row - self._start for row in self._rows[first:last]]])
+            self._found.append(features[self._chosen[first:last] - self._start])
         self._start = stop
 
     def features(self) -> Tensor | None:
