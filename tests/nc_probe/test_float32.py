@@ -139,6 +139,33 @@ def test_a_mean_halfway_is_decided_in_float64():
     assert got.class_center_accuracy == expected.class_center_accuracy and 0 < got.class_center_accuracy[0] < 1
 
 
+@pytest.mark.parametrize("outside", [1e5, 3e5])
+def test_decisions_allow_for_the_rounding_of_what_is_outside_of_the_span(outside):
+    """Samples about half the way to another mean: taken for their own at once, or by scores, too soon.
+
+    None of them is one of those that the witness looks at.
+    """
+    x, labels, head = problem(spread=0.1)
+    shown = WitnessRows(labels)
+    shown.show(torch.arange(N)[:, None])
+    unseen = torch.ones(N, dtype=torch.bool).index_fill_(0, shown.features()[:, 0], False)
+    rows, steps = ((labels == 0) & unseen).nonzero()[:600, 0], torch.linspace(-1e-3, 1e-3, 300).double()[:, None]
+    noise = torch.randn(300, d, generator=torch.Generator().manual_seed(1)).double()
+    for _ in range(9):  # until the means, which these samples move, stay where they are
+        means = torch.stack([x[labels == k].double().mean(0) for k in range(K)])
+        span = torch.linalg.qr((means - means.mean(0)).T).Q[:, : K - 1]
+        far = outside * torch.nn.functional.normalize(noise - noise @ span @ span.T)
+        half = means[0] + (0.5 + steps) * (means[5] - means[0])  # of which no other mean is nearer
+        x[rows] = torch.cat([half + far, half - far]).float()
+    report = probed(x, labels, head).compute()
+    assert report.nc1_precision == "float32"
+    y = x.double()
+    means = torch.stack([y[labels == k].mean(0) for k in range(K)])
+    nearest = torch.stack([(y - mean).square().sum(1) for mean in means]).argmin(0)
+    own = [float((nearest == k)[labels == k].double().mean()) for k in range(K)]
+    assert report.class_center_accuracy == tuple(own) and own[0] < 1
+
+
 def test_rows_of_a_witness_are_of_every_class():
     labels = torch.cat([torch.arange(3).repeat_interleave(5000), torch.full((2,), 3), torch.full((700,), 5)])
     x = torch.arange(len(labels))[:, None].float()
