@@ -117,6 +117,8 @@ class NCProbe:
         ignore_index: int | None = None,
         shift_labels: bool | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be an nn.Module, got {model!r}")
         if center not in CENTERS:
             raise ValueError(f"center must be one of {CENTERS}, got {center!r}")
         self.model, self.center = model, center

@@ -15,7 +15,7 @@ from nc_probe.measures.assembly import Measurement
 from nc_probe.measures.pairwise import cosine_gram
 from nc_probe.moments.class_moments import ClassMoments
 from nc_probe.moments.precision import cpu_by_default
-from nc_probe.output.storage import decode, encode
+from nc_probe.output.storage import decode, encode, replace_text
 from nc_probe.output.text import as_text
 
 __all__ = ["CollapseReport", "measure"]
@@ -202,9 +202,12 @@ class CollapseReport:
         return {name: value for name, value in out.items() if not math.isnan(value)}
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON, all of it: the class means and the classifier's rows too."""
+        """Write the report as JSON, all of it: the class means and the classifier's rows too.
+
+        A file of that name is replaced by a whole one, or is left as it was.
+        """
         document = {"format": FORMAT, "version": VERSION, "report": encode(self)}
-        Path(path).write_text(json.dumps(document, allow_nan=False))
+        replace_text(Path(path), json.dumps(document, allow_nan=False))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -167,6 +167,8 @@ def find_head(model: nn.Module, *, name: str | Sequence[str] | None = None) -> H
     """
     model = unwrap(model)
     modules = dict(model.named_modules())
+    if not (name is None or isinstance(name, str | list | tuple)):
+        raise ValueError(f"head must be a name or a list of names, got {name!r}")
     if name is not None:
         names = [name] if isinstance(name, str) else list(name)
         for each in names:

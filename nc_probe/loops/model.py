@@ -70,8 +70,8 @@ def measure_model(
         raise ValueError(
             f"loader must be one that can be iterated twice for second_pass, got a {type(loader).__name__}"
         )
-    shown = _Shown(model, device, autocast, progress, {"inputs": inputs, "labels": labels, "mask": mask})
     probe = NCProbe(model, **settings)
+    shown = _Shown(model, device, autocast, progress, {"inputs": inputs, "labels": labels, "mask": mask})
     with shown.evaluation([loader]):
         with probe:
             shown.add(loader, probe.update)
@@ -130,8 +130,8 @@ def measure_ood(
         ValueError: what `measure_model`, `NCProbe` or `OODProbe` refuse; a loader without samples.
     """
     reading = {"inputs": inputs, "labels": labels, "mask": mask}
-    shown = _Shown(model, device, autocast, progress, reading)
     probe, known = NCProbe(model, **settings), known_loader
+    shown = _Shown(model, device, autocast, progress, reading)
     ood = OODProbe(probe, components=components, standardize=standardize)
     with shown.evaluation([loader, ood_loader, *([] if known is None else [known])]):
         with probe:

@@ -1,5 +1,6 @@
 """From moments to the numbers of a report: the classes, weights and reference that go into each measure."""
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,15 +25,34 @@ def check_groups(groups: Mapping[str, Iterable[int]] | None, num_classes: int) -
     """The groups as sorted int64 tensors.
 
     Raises:
-        ValueError: a group names a class twice, or one outside 0..num_classes-1.
+        ValueError: a group names a class twice, or one outside 0..num_classes-1, or what is no class.
     """
     checked = {}
+    if groups is not None and not isinstance(groups, Mapping):
+        raise ValueError(f"groups must be a mapping of names to classes, got a {type(groups).__name__}")
     for name, classes in (groups or {}).items():
-        listed = sorted(int(k) for k in classes)
+        try:
+            listed = sorted(_class_number(k) for k in classes)
+        except TypeError:
+            kind = type(classes).__name__
+            raise ValueError(
+                f"groups[{name!r}] must be different classes in 0..{num_classes - 1}, got a {kind} of other things"
+            ) from None
         if len(set(listed)) < len(listed) or (listed and not 0 <= listed[0] <= listed[-1] < num_classes):
             raise ValueError(f"groups[{name!r}] must be different classes in 0..{num_classes - 1}, got {listed}")
         checked[name] = torch.tensor(listed, dtype=torch.int64)
     return checked
+
+
+def _class_number(value: Any) -> int:
+    """Return an integer as one, but for a mask's True and False, which are no classes.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
+        raise TypeError
+    return operator.index(value)
 
 
 def finest_partition(groups: Mapping[str, Sequence[int]], num_classes: int) -> Tensor:

@@ -8,6 +8,7 @@ features are kept: in the memory of the host up to one budget, on its disk up to
 import tempfile
 import weakref
 from collections.abc import Iterator
+from numbers import Real
 from typing import BinaryIO, NamedTuple
 
 import torch
@@ -51,10 +52,10 @@ class FeatureCache:
         self, memory_bytes: int, disk_bytes: int, dtype: torch.dtype | None = None, *, budget: Budget | None = None
     ) -> None:
         for name, value in (("cache_bytes", memory_bytes), ("spill_bytes", disk_bytes)):
-            if value < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"cache_dtype must be a floating-point dtype, got {dtype}")
+            if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"cache_dtype must be a floating-point dtype, got {dtype!r}")
         self.memory_bytes, self.disk_bytes, self.dtype = memory_bytes, disk_bytes, dtype
         self._budget = Budget(memory_bytes, disk_bytes) if budget is None else budget
         self._file: BinaryIO | None = None

@@ -83,7 +83,7 @@ class Scores:
 
         In one look at each block, as reading x takes longer than the arithmetic on it.
         """
-        image, found = self._checksum()[1], torch.empty(2, len(x))
+        image, found = self._checksum()[1], torch.empty(2, len(x), dtype=torch.float32)
         rows = 2 * block_rows(x.device, x.shape[1])
         for part, out in zip(x.split(rows), found.split(rows, 1), strict=True):
             part = part.float()

@@ -36,7 +36,10 @@ def pooling(
     """
     counts, scale = None, torch.ones(num_classes, dtype=torch.float64)
     if class_counts is not None:
-        counts = torch.as_tensor(class_counts, dtype=torch.float64, device="cpu")
+        try:
+            counts = torch.as_tensor(class_counts, dtype=torch.float64, device="cpu")
+        except (TypeError, ValueError):
+            raise ValueError(f"class_counts must be {num_classes} numbers >= 0, got {class_counts!r}") from None
         if counts.shape != (num_classes,) or not (counts >= 0).all():
             raise ValueError(f"class_counts must be {num_classes} numbers >= 0, got {short(counts)}")
         scale = 1 / counts.clamp(min=1)

@@ -26,12 +26,14 @@ def as_tensor(name: str, values: Tensor | Sequence[Any]) -> Tensor:
     """Make a tensor of an array or a list.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or a tensor whose values cannot be read one by one.
     """
     if isinstance(values, Tensor):
+        if values.is_meta or values.layout != torch.strided:
+            raise ValueError(f"{name} must be dense and have values, got {values.layout} on {values.device}")
         return values
     try:
-        return torch.as_tensor(values, device="cpu")
+        return torch.tensor(values, device="cpu")  # a copy: of an array that is read-only no other can be made
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be a tensor, an array or a list, got {type(values).__name__}: {error}") from None
 

@@ -2,14 +2,16 @@
 
 import base64
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, get_origin
 
 import torch
 from torch import Tensor
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "replace_text"]
 
 
 def encode(value: Any) -> Any:
@@ -45,13 +47,29 @@ def decode(cls: Any, values: Mapping[str, Any]) -> Any:
             out[f.name] = {paper: {k: _real(v) for k, v in found.items()} for paper, found in value.items()}
         elif f.name in ("means", "weight"):
             out[f.name] = None if value is None else _matrix(value)
+        elif isinstance(value, list) != (get_origin(f.type) is tuple):
+            raise TypeError(f"{f.name} must {'' if isinstance(value, list) else 'not '}be one number, got {value!r}")
         elif isinstance(value, list):
             out[f.name] = tuple(v if isinstance(v, int) else _real(v) for v in value)
-        elif f.type in (int, str) and type(value) is not f.type:
-            raise TypeError(f"{f.name} must be {f.type.__name__}, got {value!r}")
+        elif f.type is float:
+            out[f.name] = _real(value)
+        elif isinstance(value, bool) or not isinstance(value, f.type):
+            raise TypeError(f"{f.name} must be {f.type}, got {value!r}")
         else:
-            out[f.name] = _real(value) if f.type is float else value
+            out[f.name] = value
     return cls(**out)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8, or leave the one that was there: where the disk is full, or the process is killed."""
+    path = path.resolve()  # where a link points to
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def _matrix(value: Mapping[str, Any]) -> Tensor:

@@ -64,14 +64,14 @@ def plot_angles(report: CollapseReport, *, title: str | None = None) -> Figure:
     if len(seen):
         low, high = min(float(seen.min()), low), max(float(seen.max()), high)
     width = next((w for w in WIDTHS if high - low <= w * MAX_BARS), WIDTHS[-1])
-    edges = torch.arange(0, 180 + width, width).numpy()
+    edges = torch.arange(0, 180 + width, width, dtype=torch.float32).numpy()
     for ax, (panel, _), count in zip(axes, panels, counts, strict=True):
         bars = count.view(len(count), -1, int(width / STEP)).sum(2)
         for name, bar, color in zip(labels, bars, [*group_colors(members), "black"], strict=True):
             pairs = int(bar.sum())
             if pairs:
                 text = f"{name}: {pairs}"
-                ax.stairs((100 * bar / pairs).numpy(), edges, label=text, color=color, linewidth=1.6)
+                ax.stairs((100 * bar.double() / pairs).numpy(), edges, label=text, color=color, linewidth=1.6)
         ax.axvline(etf, color="black", linestyle="--", linewidth=1.2, label=f"simplex ETF: {etf:.1f}°")
         finish_axes(ax, panel, "angle, degrees")
     axes[0].set_xlim(max(low - 2 * width, 0), min(high + 3 * width, 181))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nc_probe.measures.geometry import simplex_etf_cosine
 from nc_probe.measures.pairwise import cosine_gram, unit
-from nc_probe.moments.precision import cpu_by_default
+from nc_probe.moments.precision import cpu_by_default, float32_has_all_bits
 from nc_probe.output.labels import label
 from nc_probe.output.style import blank_figure, round_step
 from nc_probe.report import CollapseReport
@@ -142,16 +142,18 @@ def _cells(rows: Tensor, ideal: float, block: int) -> Tensor:
     """
     if block == 1:
         return cosine_gram(rows)
-    directions = unit(rows).float()
+    directions = unit(rows)
+    if float32_has_all_bits(rows.device):
+        directions = directions.float()
     column = torch.arange(len(rows)) // block
-    cells = torch.full((int(column[-1]) + 1,) * 2, math.nan)
+    cells = directions.new_full((int(column[-1]) + 1,) * 2, math.nan)
     for i, start in enumerate(range(0, len(rows), block)):
         apart = directions[start : start + block] @ directions.T - ideal
         apart.diagonal(start).fill_(math.nan)
         known = apart.isfinite()
         apart = apart.nan_to_num()
-        pairs, total, squares = torch.zeros(3, len(cells)).index_add_(
-            1, column, torch.stack([known.float().sum(0), apart.sum(0), apart.square().sum(0)])
+        pairs, total, squares = directions.new_zeros(3, len(cells)).index_add_(
+            1, column, torch.stack([known.to(directions).sum(0), apart.sum(0), apart.square().sum(0)])
         )
         cells[i] = ideal + total.sign() * (squares / pairs).sqrt()
     return cells

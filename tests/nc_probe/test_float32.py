@@ -1,5 +1,6 @@
 """The second look in float32: right to 1e-6, its decisions those of float64, and refused where a witness says so."""
 
+import copy
 import math
 from fractions import Fraction
 
@@ -9,10 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nc_probe import NCProbe
+from nc_probe import NCProbe, OODProbe
+from nc_probe.moments import precision
 from nc_probe.moments.class_moments import ClassMoments
 from nc_probe.moments.class_sums import ClassSums
+from nc_probe.moments.precision import float32_has_all_bits
 from nc_probe.moments.witness import WitnessRows, relative_error
+from nc_probe.plots import plot_angles, plot_classes, plot_grams
 
 K, d, N = 6, 24, 4800
 GROUPS = {"many": [0, 1, 2], "few": [3, 4, 5]}
@@ -84,6 +88,51 @@ def test_every_number_is_that_of_float64(settings):
         assert a.class_variance == pytest.approx(b.class_variance, rel=1e-6)
     for paper in ("papyan2020", "zhu2021"):
         assert got.conventions[paper]["nc1"] == pytest.approx(expected.conventions[paper]["nc1"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "switch, value, before",
+    [
+        (torch.set_float32_matmul_precision, "medium", "highest"),
+        (torch.set_float32_matmul_precision, "high", "highest"),
+        (torch.set_default_dtype, torch.float64, torch.float32),
+        (torch.set_default_dtype, torch.bfloat16, torch.float32),
+        (torch.use_deterministic_algorithms, True, False),
+    ],
+    ids=["medium", "high", "double", "bfloat16", "deterministic"],
+)
+def test_what_is_set_for_all_of_torch_changes_no_number(switch, value, before):
+    assert float32_has_all_bits(torch.device("cpu"))
+    x, labels, head = problem(spread=0.3, offset=100.0)
+    expected = in_float64(x, labels, copy.deepcopy(head), conventions=["zhu2021"])
+    try:
+        switch(value)
+        probe = probed(x, labels, head, conventions=["zhu2021"])
+        got = probe.compute()
+        with torch.no_grad(), OODProbe(probe) as ood:
+            head(x.flip(1))
+            scores = ood.update().compute()
+        assert str(got) and str(scores) and plot_grams(got) and plot_angles(got) and plot_classes(got)
+    finally:
+        switch(before)
+    assert (got.nc4, got.class_accuracy) == (expected.nc4, expected.class_accuracy)
+    assert got.class_center_accuracy == expected.class_center_accuracy
+    assert got.class_nc1 == pytest.approx(expected.class_nc1, rel=1e-6) and scores.known == N
+    for name, number in expected.scalars().items():
+        assert got.scalars()[name] == pytest.approx(number, rel=1e-6, abs=1e-12), name
+
+
+def test_float32_is_used_only_where_its_products_have_all_bits(monkeypatch):
+    """Whatever the reason, such as a variable of the environment that oneDNN reads on ARM."""
+    assert float32_has_all_bits(torch.device("cpu"))
+    monkeypatch.setattr(precision, "_product", lambda a, b: (a.bfloat16() @ b.bfloat16()).float())
+    precision._products_are_exact.cache_clear()
+    try:
+        assert not float32_has_all_bits(torch.device("cpu"))
+        x, labels, head = problem()
+        assert probed(x, labels, head).compute().nc1_precision == "float64"
+    finally:
+        precision._products_are_exact.cache_clear()
 
 
 @pytest.mark.parametrize("outside", [30.0, 1e3, 1e4])

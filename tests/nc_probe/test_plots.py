@@ -232,9 +232,17 @@ def test_white_is_the_simplex():
         assert few == pytest.approx(0.5 * 0.05 / (1 - etf) if K <= 10 else 0.5 * (0.05 / 0.5) ** 0.5)
 
 
-def test_blocks_of_many_classes():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_many_classes(dtype):
+    """Whatever bits of a float32, and whatever type by default, are thought to be enough elsewhere."""
     report = cosines("spread", 300)
-    image = plot_grams(report, order="frequency").axes[0].images[0]
+    try:
+        torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "medium")
+        torch.set_default_dtype(dtype)
+        image = plot_grams(report, order="frequency").axes[0].images[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
     shown, etf, gram = np.asarray(image.get_array()), -1 / 299, report.gram.numpy() + 1 / 299
     assert shown.shape == (100, 100) and list(image.get_extent()) == [-0.5, 299.5, 299.5, -0.5]
     for i, j in ((0, 0), (7, 99), (99, 99), (50, 3)):

@@ -502,6 +502,8 @@ def test_the_classifier_reported_is_the_one_probed():
         (lambda m, p, x, y: (m(x), p.update(y - 1)), "labels must be in 0..3, got -1..2"),
         (lambda m, p, x, y: (m(x), p.update(y.float())), "labels must be integers"),
         (lambda m, p, x, y: (m(x), p.update(y), m(x * torch.nan), p.update(y)), "features must be finite.* in batch 1"),
+        (lambda m, p, x, y: (m(x), p.update(y.to("meta"))), "labels must be dense and have values, got .* on meta"),
+        (lambda m, p, x, y: (m(x), p.update(y.to_sparse())), "labels must be dense and have values, got torch.sparse"),
         (lambda m, p, x, y: (m(x), p.update(y, mask=y)), r"mask must be bool \(57,\), got torch.int64"),
         (lambda m, p, x, y: (m(x), p.update(y, mask=y[:5] > 0)), r"mask must be bool \(57,\), got torch.bool \(5,\)"),
         (lambda m, p, x, y: (m(x[:, None]), p.update(y)), r"'fc' must receive \(B, d\) where labels are \(B,\), got"),
@@ -682,7 +684,17 @@ def test_gradient_checkpointing_does_not_count_a_layer_twice():
     assert_same(probe.compute(), run(Net().eval(), x.detach(), labels, 57, layers=["stem"]))
 
 
-@pytest.mark.parametrize("kind", [list, tuple, np.asarray, torch.Tensor.int], ids=["list", "tuple", "array", "int32"])
+def read_only(values):
+    array = np.asarray(values)
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [list, tuple, np.asarray, read_only, torch.Tensor.int],
+    ids=["list", "tuple", "array", "read-only array", "int32"],
+)
 def test_labels_and_masks_as_people_have_them(kind):
     model, (x, labels) = Net().eval(), data()
     keep = torch.arange(57) % 5 > 0
@@ -749,6 +761,15 @@ def test_wrong_class_counts_are_an_error():
         ({"groups": {"a": [0, 0]}}, r"groups\['a'\] must be different classes in 0..3, got \[0, 0\]"),
         ({"groups": {"a": [4]}}, r"groups\['a'\] must be different classes in 0..3, got \[4\]"),
         ({"groups": {"a": [-1]}}, r"groups\['a'\]"),
+        ({"groups": {"a": [0.5]}}, r"groups\['a'\] must be different classes in 0..3, got a list of other things"),
+        ({"groups": {"a": "01"}}, r"groups\['a'\] must be different classes in 0..3, got a str of other things"),
+        ({"groups": {"a": torch.tensor([False, True])}}, r"groups\['a'\] must be different classes in 0..3, got a Ten"),
+        ({"groups": {"a": np.array([False, True])}}, r"groups\['a'\] must be different classes in 0..3, got a ndarray"),
+        ({"groups": [[0], [1]]}, "groups must be a mapping of names to classes, got a list"),
+        ({"cache_bytes": "1GB"}, "cache_bytes must be at least 0, got '1GB'"),
+        ({"cache_dtype": "float16"}, "cache_dtype must be a floating-point dtype, got 'float16'"),
+        ({"class_counts": "1234"}, "class_counts must be 4 numbers >= 0, got '1234'"),
+        ({"head": 1}, "head must be a name or a list of names, got 1"),
         ({"class_counts": [1, 2]}, "class_counts must be 4 numbers"),
         ({"head": "stemm"}, "head must be the name of a module of Net, got 'stemm'"),
         ({"head": "drop"}, "Net.drop must be or contain an nn.Linear or a 1x1 nn.Conv2d, got Dropout without one"),
@@ -759,6 +780,8 @@ def test_bad_arguments(arguments, message):
         NCProbe(Net(), **arguments)
     with pytest.raises(TypeError):
         NCProbe(Net(), centre="balanced")
+    with pytest.raises(ValueError, match=r"^model must be an nn.Module, got .*Net'>"):
+        NCProbe(Net)
 
 
 @pytest.mark.parametrize("when", ["between updates", "before the second pass"])

@@ -1,10 +1,12 @@
 """CollapseReport: what goes into it, groups, JSON, the table, the picture; `measure` itself is in test_measures.py."""
 
 import dataclasses
+import errno
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +141,27 @@ def test_a_report_is_loaded_as_it_was_saved(tmp_path, weight):
     json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
+def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    """A full disk, which says so in the middle of a file; and a link goes on pointing to it."""
+    path, link = tmp_path / "report.json", tmp_path / "link.json"
+    nested().save(path)
+    link.symlink_to(path)
+    before, write = path.read_text(), Path.write_text
+
+    def full(self, text, **settings):
+        write(self, text[: len(text) // 2], **settings)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    for target in (path, link):
+        with pytest.raises(OSError, match="No space left"):
+            nested(weight=False).save(target)
+    assert path.read_text() == before and {file.name for file in tmp_path.iterdir()} == {"report.json", "link.json"}
+    monkeypatch.undo()
+    nested(weight=False).save(link)
+    assert link.is_symlink() and CollapseReport.load(path).weight is None
+
+
 def test_reports_of_an_older_version_load(tmp_path):
     report, path = nested(), tmp_path / "report.json"
     report.save(path)
@@ -178,6 +201,10 @@ def test_files_that_are_no_report(tmp_path, text, got):
         lambda report: report.update(nc1="much"),
         lambda report: report.update(samples="12"),
         lambda report: report.update(class_norm=["a"]),
+        lambda report: report.update(nc1=[0.5]),
+        lambda report: report.update(class_norm=0.5),
+        lambda report: report.update(feature_rank="3"),
+        lambda report: report.update(samples=True),
         lambda report: report.update(groups=[1]),
         lambda report: report["groups"]["minority"].update(center=None),
         lambda report: report["means"].update(float64=report["means"]["float64"][:-4]),
