@@ -28,10 +28,11 @@ from timm_deq import (
 TIGHT = Anderson(1e-13, 60)
 GRADIENTS = {
     "implicit": (TIGHT, Implicit(TIGHT)),
-    "reversible": (ReversibleIteration(1e-14, 50, damping=0.5), Reversible()),
+    "reversible": (ReversibleIteration(1e-14, 40, damping=0.5), Reversible()),
     "unrolled": (TIGHT, Unrolled()),
 }
 PRECISION = {"implicit": 1e-9, "reversible": 1e-3, "unrolled": 1e-7}  # steps that are reversed are rounded
+SLOW_BUT_IMPLICIT = ["implicit", *(pytest.param(g, marks=pytest.mark.slow) for g in GRADIENTS if g != "implicit")]
 AGAIN = ["implicit", "reversible"]  # the first for second derivatives
 
 
@@ -74,7 +75,7 @@ def test_parameters_of_a_functional_call(gradient):
     assert relative_error(found, derivatives(z.square().sum(), [x, *own.values()])) < PRECISION[gradient]
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", SLOW_BUT_IMPLICIT)
 def test_steps_of_meta_learning(gradient):
     """Two steps of gradient descent, differentiated in where they began."""
 
@@ -126,7 +127,7 @@ def test_another_mode(gradient, training):
     assert relative_error(*found) == 0
 
 
-@pytest.mark.parametrize("kind", [float, torch.tensor])
+@pytest.mark.parametrize("kind", [torch.tensor, pytest.param(float, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("gradient", AGAIN)
 def test_another_number_that_the_cell_holds(gradient, kind):
     """As one that tells it of a second input, where two solves come before their backward passes."""
