@@ -86,8 +86,9 @@ class ClassSums:
         """Return moments of these counts and means, without variances."""
         moments = copy.copy(self._empty).reset()
         with float64_context(self.device):
-            mean = torch.addcdiv(self._origin, self._total, self.count.clamp(min=1)[:, None].double())
-            moments.mean = mean.masked_fill_((self.count == 0)[:, None], 0)
+            seen = self.count.nonzero()[:, 0]
+            mean = torch.addcdiv(self._origin, self._total[seen], self.count[seen, None].double())
+            moments.mean[seen] = mean
             moments.count, moments._bad = self.count.clone(), self._bad.clone()
             moments.batches = self.batches
         return moments

@@ -31,6 +31,9 @@ UNIT = 2.0**-24
 # Numbers of contenders scored at once: 512 KB.
 PAIRS = 2**16
 
+# Numbers of logits copied at once, 1 MB: of tens of thousands of classes those of a batch are many.
+COPIED = 2**18
+
 # Added to norms, so that what underflows is within the bound. What overflows has an infinite one.
 TINY = 2.0**-50
 
@@ -108,15 +111,17 @@ class Scores:
         tolerance = (norms * slope).add_(least)
         known = (logits @ signs).sub_(combined).sub_(constant).abs_() <= tolerance
         lead = 3 * tolerance
-        own, slot = logits.gather(1, labels[:, None]), labels[:, None]
-        rest = logits.scatter(1, slot, -torch.inf).amax(1)
+        slot, rows = labels[:, None], max(COPIED // logits.shape[1], 16)
+        own, parts = logits.gather(1, slot), zip(logits.split(rows), slot.split(rows), strict=True)
+        rest = torch.cat([part.scatter(1, mine, -torch.inf).amax(1) for part, mine in parts])
         chosen = labels.clone()
         others = (~(known & (own[:, 0] - rest > lead))).nonzero()[:, 0]  # NaN is
         if len(others):
             unknown, others = others[~known[others]], others[known[others]]
             if len(unknown):
                 chosen[unknown] = self.highest(x[unknown])
-            chosen[others] = self._decide(logits[others], lead[others], lambda rows: x[others[rows]])
+            for some in others.split(rows):
+                chosen[some] = self._decide(logits[some], lead[some], lambda rows, some=some: x[some[rows]])
         return chosen
 
     def _decide(self, scores: Tensor, lead: Tensor, exact: Callable[[Tensor], Tensor]) -> Tensor:

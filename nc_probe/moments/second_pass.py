@@ -60,6 +60,8 @@ class SecondPassStats(NamedTuple):
 class SecondPass:
     """Look at every sample of a pass again.
 
+    Inside, classes are those with samples, S of K, in their order: of a vocabulary most may be absent.
+
     Args:
         moments: of the whole pass, over all ranks: counts and means.
         bases: (B (d, r), classes) whose projected tr(B^T S_k B) are wanted, in the span of differences of class means.
@@ -77,32 +79,33 @@ class SecondPass:
         self.moments, self.dtype = moments, dtype
         with float64_context(moments.device):
             seen = moments.count > 0
-            # Samples; those whose nearest class mean is that of their class; that of the class chosen.
+            # Of K classes: samples; those whose nearest class mean is that of their class; that of the class chosen.
             self._tally = moments.count.new_zeros(moments.num_classes, 3)
-            self.projected = [torch.zeros_like(moments.trace) for _ in bases]
-            self.trace = torch.zeros_like(moments.trace)
+            self._seen, self._slot = seen.nonzero()[:, 0], (seen.cumsum(0) - 1).clamp(min=0)
+            self._mean, self._count = moments.mean[self._seen], moments.count[self._seen]
+            self._projected = [self._mean.new_zeros(len(self._seen)) for _ in bases]
+            self._trace = self._mean.new_zeros(len(self._seen))
             # About the centre of the means, so that a large common offset cancels no digits.
-            means = moments.mean - moments.mean[seen].mean(0)
-            directions = int(seen.sum()) - 1
+            means = self._mean - self._mean.mean(0)
+            directions = len(self._seen) - 1
             self._span = lengths = None  # of all features, where classes are as many
             if 0 < directions < moments.num_features - 1 and bases and bases[0][0].shape[1] == directions:
                 lengths = bases[0][0].norm(dim=0)
                 self._span = bases[0][0] / lengths
             elif directions < moments.num_features - 1:
-                self._span = torch.linalg.qr(means[seen].T)[0]
+                self._span = torch.linalg.qr(means.T)[0]
             self._means = means if self._span is None else means @ self._span
-            self._seen = seen.nonzero()[:, 0]
-            self._scores = Scores(self._means[seen], -self._means[seen].square().sum(1) / 2)
+            self._scores = Scores(self._means, -self._means.square().sum(1) / 2)
             self._bases = []
             for basis, classes in bases:
-                member = torch.zeros_like(seen).index_fill_(0, classes.to(moments.device), True)
+                member = torch.zeros_like(seen).index_fill_(0, classes.to(moments.device), True)[self._seen]
                 inside = basis if self._span is None else self._span.T @ basis
-                self._bases.append((inside, None if bool(member[seen].all()) else member))
+                self._bases.append((inside, None if bool(member.all()) else member))
             if lengths is not None:
                 self._bases[0] = lengths, self._bases[0][1]  # V^T B is diagonal
-            self._near = torch.zeros_like(moments.trace)  # half the way to the next mean from its own, or less
+            self._near = torch.zeros_like(self._trace)  # half the way to the next mean from its own, or less
             if moments.device.type == "cpu" and int(moments.count.sum()) > 4 * (directions + 1):
-                self._near[seen] = _half_gaps(self._means[seen])
+                self._near = _half_gaps(self._means)
             self._prepare()
 
     def add(self, features: Iterable[Tensor], labels: Tensor, chosen: Tensor | None = None) -> None:
@@ -117,9 +120,9 @@ class SecondPass:
         rows = block_rows(moments.device, moments.num_features) * (1 if self.dtype == torch.float64 else 4)
         with float64_context(moments.device):
             chosen = None if chosen is None else chosen.to(moments.device)
-            blocks = deviations_and_parts(features, labels, self._rounded, rows=rows)
-            nearest = torch.cat([labels[:0].to(moments.device).long(), *(self._add(*block) for block in blocks)])
-            labels = labels.to(nearest)
+            labels = labels.to(moments.device).long()
+            blocks = deviations_and_parts(features, self._slot[labels], self._rounded, rows=rows)
+            nearest = self._seen[torch.cat([labels[:0], *(self._add(*block) for block in blocks)])]
             agree = torch.zeros_like(labels) if chosen is None else nearest == chosen
             self._tally.index_add_(0, labels, torch.stack([torch.ones_like(labels), nearest == labels, agree], 1))
 
@@ -135,11 +138,11 @@ class SecondPass:
         """
         total = ranks.all_reduce_sum if sync else lambda tensor: tensor
         count, nearest, agree = total(self._tally).unbind(1)
-        sums, error = [*map(total, self.projected), total(self.trace)], 0.0
+        sums, error = [*map(total, self._projected), total(self._trace)], 0.0
         if witness is not None:
             with float64_context(self.moments.device):
                 sums, error = self._take_back(sums, total(self._compare(witness)))
-        *projected, trace = sums
+        *projected, trace = [torch.zeros_like(self.moments.trace).index_copy_(0, self._seen, x) for x in sums]
         looked = SecondPassStats(nearest, agree, projected, trace if projected else None, error, self.dtype)
         if not torch.equal(count, self.moments.count):
             k = int((count != self.moments.count).nonzero()[0, 0])
@@ -151,16 +154,16 @@ class SecondPass:
 
     def _prepare(self) -> None:
         """Round what features are multiplied with to the precision of the arithmetic on them."""
-        dtype, moments = self.dtype, self.moments
-        self._rounded = moments.mean.to(dtype)
-        self._lost = moments.mean - self._rounded.double()
+        dtype = self.dtype
+        self._rounded = self._mean.to(dtype)
+        self._lost = self._mean - self._rounded.double()
         self._lost_inside = self._lost if self._span is None else self._lost @ self._span
         span = None if self._span is None else self._span.to(dtype)
         bases = [(basis.to(dtype), member) for basis, member in self._bases]
         self._by_dtype = {torch.float64: (self._span, self._bases), dtype: (span, bases)}
         self._anchors = (self._means - self._lost_inside).to(dtype)
         self._near = (0.9999 * (self._near - self._lost_inside.norm(dim=1))).to(dtype)
-        d, q = moments.num_features, self._means.shape[1]
+        d, q = self.moments.num_features, self._means.shape[1]
         # A sum of d products is off by d u ||v|| ||x|| or less, and so are the q of them (`decisions.py`).
         self._unit = (d + 4) * torch.finfo(dtype).eps / 2 * math.sqrt(q) if d <= 2**16 else math.inf
 
@@ -182,16 +185,16 @@ class SecondPass:
         return [*found, norms.double().square()]
 
     def _add(self, x: Tensor, labels: Tensor, parts: list[Tensor]) -> Tensor:
-        """Add deviations x (n, d), and find the nearest class means (n,)."""
+        """Add deviations x (n, d) of classes (n,) in 0..S-1, and find the nearest class means (n,)."""
         p, norms = self._inside(x), torch.linalg.vector_norm(x, dim=1)
-        for total, squares in zip([*self.projected, self.trace], self._squares(p, labels, norms), strict=True):
+        for total, squares in zip([*self._projected, self._trace], self._squares(p, labels, norms), strict=True):
             total.index_add_(0, labels, squares)
         return self._nearest(p, labels, norms, parts)
 
     def _nearest(self, p: Tensor, labels: Tensor, norms: Tensor, parts: list[Tensor]) -> Tensor:
         """Find the nearest class mean (n,) of samples, whose deviations from their own have `norms`."""
         if p.device.type != "cpu":
-            return self._seen[self._scores.highest(p + self._anchors[labels])]
+            return self._scores.highest(p + self._anchors[labels])
         distance = torch.linalg.vector_norm(p, dim=1).add_(norms, alpha=self._unit)
         open_ = (~(distance < self._near[labels])).nonzero()[:, 0]  # NaN is
         if not len(open_):
@@ -199,24 +202,23 @@ class SecondPass:
         nearest, of = labels.clone(), labels[open_]
         place = p[open_] + self._anchors[of]
         if self.dtype == torch.float64:
-            nearest[open_] = self._seen[self._scores.highest(place)]
+            nearest[open_] = self._scores.highest(place)
             return nearest
 
         def exact(rows: Tensor) -> Tensor:
             x, mine = torch.cat(parts)[open_[rows]].double(), of[rows]
-            return self._inside(x - self.moments.mean[mine]) + self._means[mine]
+            return self._inside(x - self._mean[mine]) + self._means[mine]
 
         rounding = 2 * UNIT * (torch.linalg.vector_norm(place, dim=1) + torch.linalg.vector_norm(p[open_], dim=1))
-        found = self._scores.highest(place, error=1.01 * (self._unit * norms[open_] + rounding), exact=exact)
-        nearest[open_] = self._seen[found]
+        nearest[open_] = self._scores.highest(place, error=1.01 * (self._unit * norms[open_] + rounding), exact=exact)
         return nearest
 
     def _compare(self, witness: WitnessRows) -> Tensor:
         """Compute the squares of rows in both precisions: sums (bases + 1, 3) for `relative_error`."""
-        found, x = self.trace.new_zeros(len(self.projected) + 1, 3), witness.features()
+        found, x = self._trace.new_zeros(len(self._projected) + 1, 3), witness.features()
         rows = block_rows(self.moments.device, self.moments.num_features)
-        for part, of in () if x is None else zip(x.split(rows), witness.labels.split(rows), strict=True):
-            y, rough = part.double() - self.moments.mean[of], part.to(self.dtype) - self._rounded[of]
+        for part, of in () if x is None else zip(x.split(rows), self._slot[witness.labels].split(rows), strict=True):
+            y, rough = part.double() - self._mean[of], part.to(self.dtype) - self._rounded[of]
             exact = torch.stack(self._squares(self._inside(y), of, y.norm(dim=1)))
             p = self._inside(rough) - self._lost_inside[of].to(self.dtype)
             norms = (rough - self._lost[of].to(self.dtype)).norm(dim=1)
@@ -225,22 +227,20 @@ class SecondPass:
         return found
 
     def _take_back(self, sums: list[Tensor], compared: Tensor) -> tuple[list[Tensor], float]:
-        """Take the rounding of the means out of the sums (K,) of squares.
+        """Take the rounding of the means out of the sums of squares.
 
         Args:
-            sums: for each basis, and of norms, over all ranks.
+            sums: (S,) for each basis, and of norms, over all ranks.
             compared: what the witness found, over all ranks.
 
         Returns:
             What is left, and the largest relative error of it.
         """
-        seen, left = self._seen, [value.clone() for value in sums]
-        n = self.moments.count[seen]
-        lost = self._squares(self._lost_inside[seen], seen, self._lost[seen].norm(dim=1))
-        for value, over in zip(left, lost, strict=True):
-            value[seen] = (value[seen] - n * over).clamp(min=0)
+        n = self._count
+        lost = self._squares(self._lost_inside, torch.arange(len(n), device=n.device), self._lost.norm(dim=1))
+        left = [(value - n * over).clamp(min=0) for value, over in zip(sums, lost, strict=True)]
         # Of what is left, rounding is the larger part the more has been taken.
-        before, after = (torch.stack([(x[seen] / n).sum() for x in values]) for values in (sums, left))
+        before, after = (torch.stack([(x / n).sum() for x in values]) for values in (sums, left))
         error = torch.where(before == 0, before, relative_error(compared) * before / after)
         return left, float(error.nan_to_num(torch.inf).max())
 

@@ -135,6 +135,27 @@ def test_float32_is_used_only_where_its_products_have_all_bits(monkeypatch):
         precision._products_are_exact.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_classes_without_samples_change_no_number(dtype):
+    """Those between others, of which the second look holds nothing."""
+    x, labels, head = problem(spread=1.5)
+    x, head = x.to(dtype), head.to(dtype)
+    sparse = torch.nn.Linear(d, 3 * K, dtype=dtype).eval()
+    sparse.weight.data.zero_()
+    sparse.bias.data.fill_(-1e6)
+    sparse.weight.data[2::3], sparse.bias.data[2::3] = head.weight.data, head.bias.data
+    groups = {"few": [11, 14, 17, 0]}
+    with torch.no_grad(), NCProbe(sparse, groups=groups) as probe:
+        for xb, yb in zip(x.split(300), labels.split(300), strict=True):
+            sparse(xb)
+            probe.update(3 * yb + 2)
+    got, expected = probe.compute(), probed(x, labels, head).compute()
+    assert got.classes == (2, 5, 8, 11, 14, 17) and got.nc1_precision == str(dtype)[6:] and expected.nc4 < 1
+    for a, b in ((got, expected), (got.groups["few"], expected.groups["few"])):
+        assert (a.nc4, a.class_accuracy, a.class_center_accuracy) == (b.nc4, b.class_accuracy, b.class_center_accuracy)
+        assert a.class_nc1 == pytest.approx(b.class_nc1, rel=1e-12) and a.cdnv == pytest.approx(b.cdnv, rel=1e-12)
+
+
 @pytest.mark.parametrize("outside", [30.0, 1e3, 1e4])
 def test_a_witness_sends_variance_outside_the_span_to_float64(outside):
     x, labels, head = problem(outside=outside, spread=0.01)
