@@ -45,8 +45,9 @@ def float32_has_all_bits(device: torch.device) -> bool:
 @functools.cache
 def _products_are_exact() -> bool:
     """Multiply numbers of 24 bits by one: libraries have ways of their own to be told that fewer bits are enough."""
-    x = torch.full((128, 128), 1 + 2.0**-23, dtype=torch.float32, device="cpu")
-    return torch.equal(_product(x, torch.eye(128, dtype=torch.float32, device="cpu")), x)
+    with float64_context(torch.device("cpu")):
+        x = torch.full((128, 128), 1 + 2.0**-23, dtype=torch.float32)
+        return torch.equal(_product(x, torch.eye(128, dtype=torch.float32)), x)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

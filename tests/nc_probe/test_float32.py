@@ -124,7 +124,9 @@ def test_what_is_set_for_all_of_torch_changes_no_number(switch, value, before):
 
 def test_float32_is_used_only_where_its_products_have_all_bits(monkeypatch):
     """Whatever the reason, such as a variable of the environment that oneDNN reads on ARM."""
-    assert float32_has_all_bits(torch.device("cpu"))
+    precision._products_are_exact.cache_clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which the probe turns off
+        assert float32_has_all_bits(torch.device("cpu"))
     monkeypatch.setattr(precision, "_product", lambda a, b: (a.bfloat16() @ b.bfloat16()).float())
     precision._products_are_exact.cache_clear()
     try:
