@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, cast, get_origin
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def decode(cls: Any, values: Mapping[str, Any]) -> Any:
     """
     out: dict[str, Any] = {}
     for f in fields(cls):
-        value = values.get(f.name, ...)
+        value, kind = values.get(f.name, ...), cast(Any, f.type)
         if value is ...:
             continue
         if f.name in ("groups", "heads", "layers", "iterates"):
@@ -47,14 +47,14 @@ def decode(cls: Any, values: Mapping[str, Any]) -> Any:
             out[f.name] = {paper: {k: _real(v) for k, v in found.items()} for paper, found in value.items()}
         elif f.name in ("means", "weight"):
             out[f.name] = None if value is None else _matrix(value)
-        elif isinstance(value, list) != (get_origin(f.type) is tuple):
+        elif isinstance(value, list) != (get_origin(kind) is tuple):
             raise TypeError(f"{f.name} must {'' if isinstance(value, list) else 'not '}be one number, got {value!r}")
         elif isinstance(value, list):
             out[f.name] = tuple(v if isinstance(v, int) else _real(v) for v in value)
-        elif f.type is float:
+        elif kind is float:
             out[f.name] = _real(value)
-        elif isinstance(value, bool) or not isinstance(value, f.type):
-            raise TypeError(f"{f.name} must be {f.type}, got {value!r}")
+        elif isinstance(value, bool) or not isinstance(value, kind):
+            raise TypeError(f"{f.name} must be {kind}, got {value!r}")
         else:
             out[f.name] = value
     return cls(**out)
