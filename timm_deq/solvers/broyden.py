@@ -96,5 +96,5 @@ class Broyden(Solver):
 
 def apply_inverse(x: Tensor, us: Tensor, vs: Tensor) -> Tensor:
     """Return `(-I + sum_i u_i v_i^T) x` for `x` `(B, D)` and terms `(B, n, D)`."""
-    # Where fewer bits are allowed for these products (TF32), the step is a little off, but not the iterate it starts at.
+    # Where fewer bits are allowed for these products (TF32), the step is a little off, but not where it starts.
     return ((x.unsqueeze(1) @ vs.transpose(1, 2)) @ us).squeeze(1) - x
