@@ -137,6 +137,7 @@ def fixed_point(
     check_every = solver.check_every or (1 if can_read_without_sync(z0) else 4)
     layout = Layout.of(z0)
     like = z0  # for its shape: a recorded loop takes tensors from outside of it, but no numbers that vary
+    unchecked = not isinstance(z0, fx.Proxy)
 
     # Type promotion, rather than a test of the dtype, so that fx can record it.
     z = layout.rows(z0) + z0.new_zeros(1, dtype=solver.precision)
@@ -158,8 +159,9 @@ def fixed_point(
             whole = run.z if finished is None else finished[0].best.index_copy(0, finished[1], run.z)
             callback(step - 1, layout.state(whole, z0.shape).to(z0.dtype))
         fz = evaluate(run.z)
-        if step == 1 and not isinstance(fz, fx.Proxy):
-            _check_map(z0, fz)
+        if unchecked:
+            _check_map(like, fz)
+            unchecked = False
         fz = layout.rows(fz).to(z.dtype)
         best_before = run.residual
         run, residual, measured = _measure(run, fz, stopping)
@@ -179,7 +181,7 @@ def fixed_point(
                 evaluations = evaluations.index_fill(0, rows, step)
                 finished = whole.put(rows, run), rows[kept]
                 run, fz, state = run.take(kept), fz.index_select(0, kept), _take(state, kept)
-                f, like = subset_map(rows[kept]), z0[:left]
+                f, like, unchecked = subset_map(rows[kept]), z0[:left], True
         run, state = _advance(run, fz, state, solver)
         if loops and step > solver.period:
             run, step = _while_loop(run, state, solver, stopping, evaluate, step)

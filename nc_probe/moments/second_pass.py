@@ -141,7 +141,7 @@ class SecondPass:
         sums, error = [*map(total, self._projected), total(self._trace)], 0.0
         if witness is not None:
             with float64_context(self.moments.device):
-                sums, error = self._take_back(sums, total(self._compare(witness)))
+                sums, error = self._take_back(sums, *map(total, self._compare(witness)))
         *projected, trace = [torch.zeros_like(self.moments.trace).index_copy_(0, self._seen, x) for x in sums]
         looked = SecondPassStats(nearest, agree, projected, trace if projected else None, error, self.dtype)
         if not torch.equal(count, self.moments.count):
@@ -213,9 +213,14 @@ class SecondPass:
         nearest[open_] = self._scores.highest(place, error=1.01 * (self._unit * norms[open_] + rounding), exact=exact)
         return nearest
 
-    def _compare(self, witness: WitnessRows) -> Tensor:
-        """Compute the squares of rows in both precisions: sums (bases + 1, 3) for `relative_error`."""
+    def _compare(self, witness: WitnessRows) -> tuple[Tensor, Tensor]:
+        """Compute the squares of rows in both precisions.
+
+        Returns:
+            Sums (bases + 1, 3) for `relative_error`; of each class with samples the rows, and their squared norms (S, 2).
+        """
         found, x = self._trace.new_zeros(len(self._projected) + 1, 3), witness.features()
+        shown = self._trace.new_zeros(len(self._seen), 2)
         rows = block_rows(self.moments.device, self.moments.num_features)
         for part, of in () if x is None else zip(x.split(rows), self._slot[witness.labels].split(rows), strict=True):
             y, rough = part.double() - self._mean[of], part.to(self.dtype) - self._rounded[of]
@@ -224,14 +229,16 @@ class SecondPass:
             norms = (rough - self._lost[of].to(self.dtype)).norm(dim=1)
             off = torch.stack(self._squares(p, of, norms)) - exact
             found += torch.stack([off.sum(1), off.square().sum(1), exact.sum(1)], 1)
-        return found
+            shown.index_add_(0, of, torch.stack([torch.ones_like(exact[-1]), exact[-1]], 1))
+        return found, shown
 
-    def _take_back(self, sums: list[Tensor], compared: Tensor) -> tuple[list[Tensor], float]:
+    def _take_back(self, sums: list[Tensor], compared: Tensor, shown: Tensor) -> tuple[list[Tensor], float]:
         """Take the rounding of the means out of the sums of squares.
 
         Args:
             sums: (S,) for each basis, and of norms, over all ranks.
             compared: what the witness found, over all ranks.
+            shown: rows of the witness and their squared norms (S, 2), over all ranks.
 
         Returns:
             What is left, and the largest relative error of it.
@@ -241,7 +248,10 @@ class SecondPass:
         left = [(value - n * over).clamp(min=0) for value, over in zip(sums, lost, strict=True)]
         # Of what is left, rounding is the larger part the more has been taken.
         before, after = (torch.stack([(x / n).sum() for x in values]) for values in (sums, left))
-        error = torch.where(before == 0, before, relative_error(compared) * before / after)
+        # And it is larger where the few samples that are farthest from their means are none of the witness's rows.
+        rows, squares = shown[shown[:, 0] > 0].unbind(1)
+        farther = (before[-1] / len(n) / (squares / rows).mean()).clamp(min=1)
+        error = torch.where(before == 0, before, relative_error(compared) * farther * before / after)
         return left, float(error.nan_to_num(torch.inf).max())
 
 

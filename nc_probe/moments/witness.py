@@ -7,7 +7,8 @@ errors most often cancel. Of the differences D_i between the two squares P_i of 
     (|sum_i D_i| + 2 sqrt(sum_i D_i^2)) / sum_i P_i
 
 estimates the relative error of the sum over as many rows, of the part that all rows share and of the part that averages
-out. A class or a group with fewer samples than rows is computed both ways as a whole.
+out; times the mean square of all deviations over that of the rows, which may have missed a few large ones. A class or a
+group with fewer samples than rows is computed both ways as a whole.
 """
 
 import bisect

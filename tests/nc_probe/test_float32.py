@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nc_probe import NCProbe, OODProbe
+from nc_probe import NCProbe, OODProbe, pass_sums
 from nc_probe.moments import precision
 from nc_probe.moments.class_moments import ClassMoments
 from nc_probe.moments.class_sums import ClassSums
@@ -211,17 +211,36 @@ def test_a_mean_halfway_is_decided_in_float64():
     assert got.class_center_accuracy == expected.class_center_accuracy and 0 < got.class_center_accuracy[0] < 1
 
 
-@pytest.mark.parametrize("outside", [1e5, 3e5])
-def test_decisions_allow_for_the_rounding_of_what_is_outside_of_the_span(outside):
-    """Samples about half the way to another mean: taken for their own at once, or by scores, too soon.
-
-    None of them is one of those that the witness looks at.
-    """
-    x, labels, head = problem(spread=0.1)
+def not_witnessed(labels, k):
+    """Indices of samples of class k that are none of the witness's rows."""
     shown = WitnessRows(labels)
     shown.show(torch.arange(N)[:, None])
     unseen = torch.ones(N, dtype=torch.bool).index_fill_(0, shown.features()[:, 0], False)
-    rows, steps = ((labels == 0) & unseen).nonzero()[:600, 0], torch.linspace(-1e-3, 1e-3, 300).double()[:, None]
+    return ((labels == k) & unseen).nonzero()[:, 0]
+
+
+@pytest.mark.parametrize("many", [20, 600])
+@pytest.mark.parametrize("spread, outside", [(0.01, 1e4), (0.3, 1e5)])
+def test_a_few_samples_far_outside_of_the_span_are_told_by_their_norms(spread, outside, many):
+    """Where none of them is one of those that the witness looks at."""
+    x, labels, head = problem(spread=spread)
+    rows = not_witnessed(labels, 0)[:many]
+    means = torch.stack([x[labels == k].double().mean(0) for k in range(K)])
+    span = torch.linalg.qr((means - means.mean(0)).T).Q[:, : K - 1]
+    noise = torch.randn(many // 2, d, generator=torch.Generator().manual_seed(1)).double()
+    far = outside * torch.nn.functional.normalize(noise - noise @ span @ span.T)
+    x[rows] += torch.cat([far, -far]).float()
+    got, expected = probed(x, labels, head).compute(), in_float64(x, labels, head)
+    assert got.nc1 == pytest.approx(expected.nc1, rel=1e-6)
+    assert got.class_nc1 == pytest.approx(expected.class_nc1, rel=1e-6)
+
+
+@pytest.mark.parametrize("outside", [1e5, 3e5])
+def test_decisions_allow_for_the_rounding_of_what_is_outside_of_the_span(outside, monkeypatch):
+    """Samples about half the way to another mean: taken for their own at once, or by scores, too soon."""
+    monkeypatch.setattr(pass_sums, "TOLERANCE", math.inf)  # or their norms send all to float64
+    x, labels, head = problem(spread=0.1)
+    rows, steps = not_witnessed(labels, 0)[:600], torch.linspace(-1e-3, 1e-3, 300).double()[:, None]
     noise = torch.randn(300, d, generator=torch.Generator().manual_seed(1)).double()
     for _ in range(9):  # until the means, which these samples move, stay where they are
         means = torch.stack([x[labels == k].double().mean(0) for k in range(K)])

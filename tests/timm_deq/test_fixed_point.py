@@ -237,6 +237,19 @@ def test_samples_that_have_finished_are_set_aside(solver, settings):
     assert solution.evaluations.sum() < expected.evaluations.sum()
 
 
+def test_a_map_that_does_not_follow_the_samples_that_are_left_is_refused():
+    """As one that holds a tensor with a row for each: beside a single sample it is broadcast."""
+    rates = torch.tensor([[0.0], [0.0], [0.9]])
+
+    def f(z):
+        return rates * z + 1
+
+    z = torch.zeros(3, 2)
+    assert fixed_point(f, z, Picard(1e-6, 200)).status.tolist() == [Status.CONVERGED] * 3
+    with pytest.raises(ValueError, match=r"^f must keep the shape of its input, \(1, 2\), got \(3, 2\)"):
+        fixed_point(f, z, Picard(1e-6, 200), subset_map=lambda rows: f)
+
+
 def test_the_evaluations_spent_are_counted():
     f, calls = Mixed(), []
 
