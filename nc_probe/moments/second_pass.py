@@ -217,7 +217,7 @@ class SecondPass:
         """Compute the squares of rows in both precisions.
 
         Returns:
-            Sums (bases + 1, 3) for `relative_error`; of each class with samples the rows, and their squared norms (S, 2).
+            Sums (bases + 1, 3) for `relative_error`; and (S, 2) of each class the rows, and their squared norms.
         """
         found, x = self._trace.new_zeros(len(self._projected) + 1, 3), witness.features()
         shown = self._trace.new_zeros(len(self._seen), 2)
