@@ -136,8 +136,7 @@ def fixed_point(
     loops = solver.while_loop and not followed and torch.compiler.is_compiling() and not torch.is_grad_enabled()
     check_every = solver.check_every or (1 if can_read_without_sync(z0) else 4)
     layout = Layout.of(z0)
-    like = z0  # for its shape: a recorded loop takes tensors from outside of it, but no numbers that vary
-    unchecked = not isinstance(z0, fx.Proxy)
+    like, unchecked = z0, not isinstance(z0, fx.Proxy)  # like: a loop takes its shape as a tensor, not as numbers
 
     # Type promotion, rather than a test of the dtype, so that fx can record it.
     z = layout.rows(z0) + z0.new_zeros(1, dtype=solver.precision)
