@@ -125,10 +125,7 @@ def fixed_point(
     >>> print(f"{solution.value.item():.3f}", solution.steps.item(), Status(solution.status.item()).name)
     0.739 19 CONVERGED
     """
-    if not isinstance(z0, fx.Proxy) and (z0.ndim < 2 or not z0.is_floating_point()):
-        raise ValueError(
-            f"z0 must be a floating-point tensor (B, ...) of at least 2 dimensions, got {z0.dtype} {tuple(z0.shape)}"
-        )
+    _check_start(z0)
     stopping = _stopping(solver, tol, max_steps)
     tracing = is_tracing(z0)
     # A recorded loop shows none of its steps: whoever follows them is given the static loop.
@@ -268,6 +265,13 @@ def _take(state: State, rows: Tensor) -> State:
     """Select rows of a solver's state."""
     leaves = [leaf.index_select(0, rows) if isinstance(leaf, Tensor) else leaf for leaf in state]
     return type(state)(*leaves) if leaves else state
+
+
+def _check_start(z0: Tensor) -> None:
+    if not isinstance(z0, fx.Proxy) and (z0.ndim < 2 or not z0.is_floating_point()):
+        raise ValueError(
+            f"z0 must be a floating-point tensor (B, ...) of at least 2 dimensions, got {z0.dtype} {tuple(z0.shape)}"
+        )
 
 
 def _check_map(z: Tensor, fz: Tensor) -> None:
